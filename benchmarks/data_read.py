@@ -83,7 +83,9 @@ def _ours(prefix: str, batch: int, samples: int) -> dict[str, Any]:
     for order in ("independent", "megatron"):
         data = TrainData({prefix: 1.0}, SEQ, SEED, order, 10 * samples)
         out = np.empty((batch, SEQ + 1), np.int32)
-        rates[f"{order}_batches"] = _rate(samples, batch, lambda i, data=data: micro_batches(data, i, batch, 1, 0, 1))
+        rates[f"{order}_batches"] = _rate(
+            samples, batch, lambda i, data=data: micro_batches(data, i, batch, batch, 0, 1)
+        )
         rates[f"{order}_tokens_only"] = _rate(samples, batch, lambda i, data=data, out=out: data.read(i, batch, out))
         rates[f"{order}_one_by_one"] = _rate(samples // 10, 1, lambda i, data=data: data.tokens(i))
     return {"seconds": 1 / rates["independent_batches"]["a_second"], **_flat(rates)}

@@ -15,16 +15,14 @@ ranks. ``chain_digest`` proves it: a hash over the names of all samples so far, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 
-from megatron_hammer.config.phases import BatchSizes
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.order import SampleId
-from megatron_hammer.sampling.samples import TrainData
 
 
 class Samples(Protocol):
@@ -36,55 +34,50 @@ class Samples(Protocol):
 
 
 def micro_batches(
-    data: Samples, first_sample: int, micro_batch_size: int, grad_accum: int, dp_rank: int, dp_size: int
+    data: Samples, first_sample: int, count: int, micro_batch_size: int, dp_rank: int, dp_size: int
 ) -> list[Batch[np.ndarray]]:
-    """What data-parallel rank ``dp_rank`` of ``dp_size`` computes in the step that begins at sample ``first_sample``.
+    """What data-parallel rank ``dp_rank`` of ``dp_size`` computes of samples [first_sample, first_sample + count).
 
     Micro-batch m holds samples first_sample + m * (dp_size * b) + dp_rank * b + [0, b).
     """
     first, stride = first_sample + dp_rank * micro_batch_size, dp_size * micro_batch_size
-    return [data.read(first + m * stride, micro_batch_size) for m in range(grad_accum)]
+    return [data.read(first + m * stride, micro_batch_size) for m in range(count // stride)]
 
 
 class ReadAhead:
-    """``micro_batches`` of step after step; a thread reads those of the next step while the present one is computed.
+    """The micro-batches of step after step; a thread reads those of the next step while the present one is computed.
 
     So a page that has to come from the disk, or an index that has to be built, costs no time of the device. It changes
     nothing that is read.
 
     Args:
-        end: number of the sample at which the run ends: nothing beyond is read ahead.
-        batches: samples of each step.
-        data, micro_batch_size, dp_rank, dp_size: as for ``micro_batches``.
+        read: ``micro_batches`` of (first sample, count).
     """
 
-    def __init__(
-        self, data: TrainData, end: int, micro_batch_size: int, batches: BatchSizes, dp_rank: int, dp_size: int
-    ) -> None:
-        self._data, self._end, self._batches = data, end, batches
-        self._micro_batch_size, self._dp = micro_batch_size, (dp_rank, dp_size)
+    def __init__(self, read: Callable[[int, int], list[Batch[np.ndarray]]]) -> None:
+        self._read = read
         self._thread = ThreadPoolExecutor(1, "read-ahead")
         self._next: tuple[int, Future[list[Batch[np.ndarray]]]] | None = None
 
-    def get(self, first_sample: int) -> list[Batch[np.ndarray]]:
-        """The micro-batches of the step that begins at a sample; what failed while reading ahead is raised here."""
+    def get(self, first_sample: int, count: int, following: int) -> list[Batch[np.ndarray]]:
+        """The micro-batches of a step; what failed while reading ahead is raised here.
+
+        Args:
+            count: samples of the step.
+            following: of the next one, which is read ahead; 0: there is none.
+        """
         if self._next is not None and self._next[0] == first_sample:
             batches = self._next[1].result()
         else:
-            batches = self._read(first_sample)
-        following, self._next = first_sample + self._batches.at(first_sample), None
-        if following + self._batches.at(following) <= self._end:
-            self._next = following, self._thread.submit(self._read, following)
+            batches = self._read(first_sample, count)
+        behind, self._next = first_sample + count, None
+        if following:
+            self._next = behind, self._thread.submit(self._read, behind, following)
         return batches
 
     def close(self) -> None:
         """End the thread, once it has read what it is at; nothing can be got any more."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _read(self, first_sample: int) -> list[Batch[np.ndarray]]:
-        size = self._micro_batch_size
-        accumulated = self._batches.at(first_sample) // (size * self._dp[1])
-        return micro_batches(self._data, first_sample, size, accumulated, *self._dp)
 
 
 def chain_digest(previous: str, ids: Iterable[SampleId], fingerprints: Sequence[str]) -> str:

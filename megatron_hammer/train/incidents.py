@@ -56,8 +56,7 @@ def write_incident(
         where, for people, or that it could not be written there and why: on all ranks the same.
     """
     step_samples, size = config.batch_sizes.at(first_sample), config.train.micro_batch_size
-    accumulated = step_samples // (size * ctx.samples.size)
-    mine = micro_batches(data, first_sample, size, accumulated, ctx.samples.rank, ctx.samples.size)
+    mine = micro_batches(data, first_sample, step_samples, size, ctx.samples.rank, ctx.samples.size)
     batches = [batch.shard(ctx.cp.rank, ctx.cp.size).to(ctx.device) for batch in mine]
     index, module = _first_bad_output(model, batches, ctx)
     weights = [] if module or optimizer is None else list(_bad_gradients(optimizer))[:SHOWN_WEIGHTS]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from megatron_hammer.parallel.collectives import all_reduce, broadcast
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.ledger import Finding
-from megatron_hammer.sampling.loader import ReadAhead
+from megatron_hammer.sampling.loader import ReadAhead, micro_batches
 from megatron_hammer.sampling.samples import ValidData, open_train_data, open_valid_data
 from megatron_hammer.train.build import build_stages
 from megatron_hammer.train.corruption import CorruptionCheck
@@ -131,17 +132,15 @@ class TrainLoop:
         self.corruption = CorruptionCheck(config, self.stages, self.optimizer, ctx) if twice else None
         self.first_step = self.state.step + 1
         told = say if ctx.world.rank == 0 else lambda text: None
-        self.course = course = config.course(self.state.step, self.state.consumed_samples)
+        course = config.course(self.state.step, self.state.consumed_samples)
+        self.num_samples = course.num_samples
+        """Of the whole run."""
         self.data = open_train_data(config, told, prepared.rewinds, prepared.tokenizer, prepared.absent, course)
         self.data.prepare(self.state.consumed_samples, self.batch_sizes.at(self.state.consumed_samples))
         self.state = self.state.counted(self.data)
+        b, samples = config.train.micro_batch_size, ctx.samples
         self.batches = ReadAhead(
-            self.data,
-            course.num_samples,
-            config.train.micro_batch_size,
-            self.batch_sizes,
-            ctx.samples.rank,
-            ctx.samples.size,
+            partial(micro_batches, self.data, micro_batch_size=b, dp_rank=samples.rank, dp_size=samples.size)
         )
         self.valid = open_valid_data(config)
         tokenizer = prepared.tokenizer
@@ -237,7 +236,10 @@ class TrainLoop:
     def next_batches(self) -> list[Batch[Tensor]]:
         """This rank's micro-batches of the next step, on the device."""
         self.ctx.status.mark("reading samples")
-        cp, batches = self.ctx.cp, self.batches.get(self.state.consumed_samples)
+        cp, first, size_at = self.ctx.cp, self.state.consumed_samples, self.batch_sizes.at
+        count, behind = size_at(first), first + size_at(first)
+        following = size_at(behind) if behind + size_at(behind) <= self.num_samples else 0
+        batches = self.batches.get(first, count, following)
         if cp.size > 1:
             batches = [batch.shard(cp.rank, cp.size) for batch in batches]
         return [batch.to(self.ctx.device) for batch in batches]
@@ -491,5 +493,5 @@ class TrainLoop:
     def _steps_left(self, line: Mapping[str, Any]) -> float:
         """How many steps of the present size the rest of the run has the tokens of."""
         samples: int = line["consumed_samples"]
-        left: int = self.config.tokens_before(self.course.num_samples) - line["consumed_tokens"]
+        left: int = self.config.tokens_before(self.num_samples) - line["consumed_tokens"]
         return left / (self.batch_sizes.at(samples) * phase_at(self.phases, samples).seq_length)

@@ -165,8 +165,8 @@ def _lengths(config: Config, documents: list[list[int]]) -> list[list[int]] | No
 
 
 def _shares(config: Config, samples: _Samples, ctx: ParallelContext) -> list[Batch[np.ndarray]]:
-    b, accumulated, dp = config.train.micro_batch_size, config.grad_accum(ctx.world.size), ctx.samples
-    whole = loader.micro_batches(samples, 0, b, accumulated, dp.rank, dp.size)
+    train, dp = config.train, ctx.samples
+    whole = loader.micro_batches(samples, 0, train.global_batch_size, train.micro_batch_size, dp.rank, dp.size)
     return [batch.shard(ctx.cp.rank, ctx.cp.size) for batch in whole]
 
 

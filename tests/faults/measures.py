@@ -287,8 +287,8 @@ MEASURES = (
     Measure(
         "place in the data",
         "train/loop.py",
-        "self.batches.get(self.state.consumed_samples)",
-        "self.batches.get(self.state.consumed_samples - self.first_step + 1)",
+        "self.batches.get(first, count",
+        "self.batches.get(first - self.first_step + 1, count",
         "train/test_run.py::test_killed_and_resumed_is_bit_equal",
     ),
     Measure(

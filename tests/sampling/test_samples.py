@@ -6,16 +6,15 @@ import hashlib
 import itertools
 import os
 import resource
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
-from megatron_hammer.config.phases import BatchSizes
 from megatron_hammer.dataset.format import TokenizerRecord, path_of
 from megatron_hammer.dataset.writer import IndexedWriter
-from megatron_hammer.sampling import loader
 from megatron_hammer.sampling.cache import IndexStore
 from megatron_hammer.sampling.loader import ReadAhead, chain_digest, micro_batches
 from megatron_hammer.sampling.samples import SampleId, TrainData, ValidData, check_tokenizer, describe_samples
@@ -75,7 +74,7 @@ def test_cumulative_lengths_are_those_of_the_located_pieces(sources, order, back
                 left -= min(n, left)
         found = data.read(first, count).documents
         assert found.dtype == np.int32 and found.tolist() == expected
-    batch = micro_batches(data, 8, 4, 2, 1, 2)[1]
+    batch = micro_batches(data, 8, 16, 4, 1, 2)[1]
     assert batch.documents.tolist() == data.read(20, 4).documents.tolist() and batch.documents[-1] == 4 * SEQ
     assert TrainData(sources[0], SEQ, 1, order, 400).read(0, 4).documents is None
 
@@ -120,7 +119,7 @@ def test_global_batch_and_digest_are_the_same_for_every_layout(sources, order):
         digest, rows = "", []
         for step in range(steps):
             first = step * batch
-            ranks = [micro_batches(data, first, micro, accum, rank, dp_size) for rank in range(dp_size)]
+            ranks = [micro_batches(data, first, batch, micro, rank, dp_size) for rank in range(dp_size)]
             for m in range(accum):
                 for rank in range(dp_size):
                     one = ranks[rank][m]
@@ -135,17 +134,13 @@ def test_global_batch_and_digest_are_the_same_for_every_layout(sources, order):
 
 
 @pytest.mark.parametrize("order", ["independent", "megatron"])
-def test_reading_ahead_changes_nothing(sources, order, monkeypatch):
+def test_reading_ahead_changes_nothing(sources, order):
     weights, _ = sources
     asked = []
-    plain = loader.micro_batches
-    monkeypatch.setattr(
-        loader, "micro_batches", lambda data, first, *rest: asked.append(first) or plain(data, first, *rest)
-    )
     data = TrainData(weights, SEQ, 1, order, 40, document_mask=True)
-    ahead = ReadAhead(data, 40, 2, BatchSizes(((0, 8),)), 1, 2)  # 8 samples a step
+    ahead = ReadAhead(lambda first, count: asked.append(first) or micro_batches(data, first, count, 2, 1, 2))
     for first in (0, 8, 16, 0, 8, 32):  # forward, back as after a resume, and a jump to the last step
-        ours, expected = ahead.get(first), plain(data, first, 2, 2, 1, 2)
+        ours, expected = ahead.get(first, 8, 8 if first < 32 else 0), micro_batches(data, first, 8, 2, 1, 2)
         assert len(ours) == len(expected) == 2
         for one, other in zip(ours, expected):
             assert np.array_equal(one.tokens, other.tokens) and np.array_equal(one.labels, other.labels)
@@ -156,7 +151,7 @@ def test_reading_ahead_changes_nothing(sources, order, monkeypatch):
 def test_what_fails_while_reading_ahead_is_raised(sources, monkeypatch):
     weights, _ = sources
     data = TrainData(weights, SEQ, 1)
-    ahead = ReadAhead(data, 40, 8, BatchSizes(((0, 8),)), 0, 1)
+    ahead = ReadAhead(partial(micro_batches, data, micro_batch_size=8, dp_rank=0, dp_size=1))
     plain = data.read
 
     def read(first, count, out=None):
@@ -165,9 +160,9 @@ def test_what_fails_while_reading_ahead_is_raised(sources, monkeypatch):
         return plain(first, count, out)
 
     monkeypatch.setattr(data, "read", read)
-    ahead.get(0)
+    ahead.get(0, 8, 8)
     with pytest.raises(OSError, match="Input/output"):
-        ahead.get(8)
+        ahead.get(8, 8, 0)
 
 
 @pytest.mark.parametrize("order", ["independent", "megatron"])

@@ -214,9 +214,9 @@ def _samples(of: Callable[[int, int], tuple[int, int]]) -> Any:
     """Which (first sample, data-parallel rank) a rank takes itself for."""
     real = steps.loader.micro_batches
 
-    def micro_batches(data: Any, first: int, b: int, n: int, rank: int, size: int) -> list[Any]:
+    def micro_batches(data: Any, first: int, count: int, b: int, rank: int, size: int) -> list[Any]:
         first, rank = of(first, rank)
-        return real(data, first, b, n, rank, size)
+        return real(data, first, count, b, rank, size)
 
     return patch(steps.loader, "micro_batches", micro_batches)
 

@@ -160,12 +160,11 @@ def test_every_layout_reads_the_samples_of_one_process() -> None:
         if (how := (dp, cp, b, layout["attention_mask"])) in seen:
             continue
         seen.add(how)
-        accumulated = config.grad_accum(ranks_of(layout))
         data: Any = Numbers(config)
         tokens = [
             batch.shard(place, cp).tokens.ravel()
             for rank in range(dp)
-            for batch in micro_batches(data, samples, b, accumulated, rank, dp)
+            for batch in micro_batches(data, samples, samples, b, rank, dp)
             for place in range(cp)
         ]
         read = np.sort(np.concatenate(tokens))
