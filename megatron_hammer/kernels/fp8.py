@@ -159,8 +159,6 @@ class Fp8Products(Products):
     rank.
     """
 
-    makes_operands = True
-
     def __init__(
         self,
         largest: Callable[[Tensor], Tensor] = largest,
@@ -169,7 +167,7 @@ class Fp8Products(Products):
         measured: MeasuringKernels | None = None,
     ) -> None:
         super().__init__()
-        self.evaluation = PLAIN
+        self.evaluation, self.operands = PLAIN, self
         self.largest, self.cast, self.multiply, self.measured = largest, cast, multiply, measured
         self._weights: dict[Gradient, tuple[tuple[int, int], Operand]] = {}  # of each weight: its version, quantised
 

@@ -6,8 +6,8 @@ The products are one object that a model is built with, ``Products``, with the f
     dgrad   dx [.., in]    = dy W
     wgrad   dW [out, in]  += dy^T x      summed in fp32 over the chunks of a micro-batch and the micro-batches of a step
 
-x, W and dy first become operands, each once for the two products it takes part in: ``input``, ``weight``, ``gradient``.
-Plain products take the tensors as they are, compute in their dtype, and are the reference; ``fp8.py`` has others.
+Plain products take x, W and dy as they are, compute in their dtype, and are the reference. Others (``fp8.py``) first
+make an operand of each, once for the two products that it takes part in (``Operands``).
 
 A layer is given each weight together with a ``Gradient``, which says where wgrad is summed: in an fp32 buffer of the
 optimizer's store, straight from the matrix product, without a copy in another place or dtype. A GPU's product
@@ -145,33 +145,33 @@ class GradientStore(Protocol):
         ...
 
 
+class Operands(Protocol):
+    """Makes what products take instead of the tensors themselves, and give to each other."""
+
+    def input(self, x: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
+        """x [.., in] as an operand, and what wgrad will need of it."""
+        ...
+
+    def weight(self, weight: Tensor, gradient: Gradient | None) -> Any:
+        """W [out, in] as an operand; its ``Gradient`` knows when it was updated."""
+        ...
+
+    def gradient(self, grad_y: Tensor) -> Any:
+        """dy [.., out] as an operand."""
+        ...
+
+
 class Products:
     """Products in the dtype of the tensors, accumulated in fp32 by the matrix library."""
 
-    makes_operands = False
-    """Whether operands are anything else than the tensors; ``linear`` makes none where they are not."""
+    operands: Operands | None = None
+    """Who makes the operands; None: the tensors are."""
     in_graph = False
     """Whether these are for layers that torch.compile makes a graph of (``GraphProducts``)."""
 
     def __init__(self) -> None:
         self.evaluation: Products = self
         """Those to use where no gradient is recorded."""
-
-    # ---- operands ------------------------------------------------------------------------------------------------
-
-    def input(self, x: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
-        """x [.., in] as an operand, and what wgrad will need of it."""
-        return x, (x,)
-
-    def weight(self, weight: Tensor, gradient: Gradient | None) -> Any:
-        """W [out, in] as an operand; its ``Gradient`` knows when it was updated."""
-        return weight
-
-    def gradient(self, grad_y: Tensor) -> Any:
-        """dy [.., out] as an operand."""
-        return grad_y
-
-    # ---- products ------------------------------------------------------------------------------------------------
 
     def fprop(self, x: Any, weight: Any, out: Tensor | None = None) -> Tensor:
         """y [.., out]; into ``out`` where it is given."""
@@ -186,7 +186,7 @@ class Products:
         return dx
 
     def wgrad(self, grad: Any, kept: tuple[Tensor, ...], place: Tensor, begun: bool) -> None:
-        """place [out, in] = dy^T x, or += where it has begun."""
+        """place [out, in] = dy^T x, or += where it has begun; kept: (x,), or what ``operands`` keeps of x."""
         add_wgrad(grad.flatten(0, -2), kept[0].flatten(0, -2), place, begun)
 
     def give_wgrad(
@@ -345,8 +345,8 @@ class _Linear(torch.autograd.Function):
         ctx.weight, ctx.division, ctx.products = weight, division, products
         full: Any = all_gather_rows(x, division.group) if division.gathers else x
         kept: tuple[Tensor, ...] = (x,)
-        if products.makes_operands:
-            (full, kept), weight = products.input(full), products.weight(weight, division.gradient)
+        if (operands := products.operands) is not None:
+            (full, kept), weight = operands.input(full), operands.weight(weight, division.gradient)
         ctx.save_for_backward(*((x,) if division.gathers else kept))
         y = products.fprop(full, weight)
         if division.scatters:
@@ -366,13 +366,13 @@ class _Linear(torch.autograd.Function):
             if division.waits:
                 gathered.wait()
         grad_y = all_gather_rows(grads[0], division.group) if division.scatters else grads[0]
-        if products.makes_operands:
-            grad_y, weight = products.gradient(grad_y), products.weight(weight, division.gradient)
+        if (operands := products.operands) is not None:
+            grad_y, weight = operands.gradient(grad_y), operands.weight(weight, division.gradient)
         grad_x: Any = products.dgrad(grad_y, weight) if ctx.needs_input_grad[0] else None
         if division.gathers:
             gathered.wait()
             grad_x, summed = reduce_scatter_rows_async(grad_x, division.group)  # launch
-            kept = products.input(full)[1] if products.makes_operands else (full,)
+            kept = (full,) if operands is None else operands.input(full)[1]
         elif division.sums_input_gradient and grad_x is not None:
             summed = all_reduce(grad_x, division.group, async_op=True)  # launch
         if summed is not None and division.waits:

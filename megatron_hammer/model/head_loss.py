@@ -23,14 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_hammer.kernels.arguments import Columns
-from megatron_hammer.kernels.linear import Gradient, Products
+from megatron_hammer.kernels.linear import Division, Gradient, Products, once_differentiable
 from megatron_hammer.kernels.linear_cross_entropy import combine_statistics
 from megatron_hammer.kernels.native.cpu import empty
 from megatron_hammer.model.layers import LayerOptions
-from megatron_hammer.parallel.collectives import Done, all_gather_rows, all_reduce, reduce_scatter_rows_async
+from megatron_hammer.parallel.collectives import all_gather_rows, all_reduce, reduce_scatter_rows_async
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,8 @@ class HeadAndLoss:
         shared: bool = False,
     ) -> None:
         self.weight, self.gradient, self.options, self.shared = weight, gradient, options, shared
+        products = options.operations.head_products
+        self._division = Division(gradient, products, "column", options.tp, options.sequence_parallel)
         self._columns = Columns.of(options.tp.rank, weight.shape[0], vocab_size)
 
     def __call__(self, x: Tensor, labels: Tensor, objective: Objective | None = None) -> Tensor:
@@ -81,7 +82,7 @@ class HeadAndLoss:
         rows = labels.reshape(batch, -1).t().flatten()  # [s b], as the model's rows
         if objective is not None and torch.is_grad_enabled():
             weights = objective.weight.expand_as(labels).reshape(batch, -1).t().flatten()
-        products, z_loss = self.options.operations.head_products, objective.z_loss if objective else 0.0
+        products, z_loss = self._division.products, objective.z_loss if objective else 0.0
         products = products if torch.is_grad_enabled() else products.evaluation
         differentiable = self.weight if self.gradient is None else self.weight.detach()
         losses: Tensor = _HeadLoss.apply(x, differentiable, rows, weights, self, products, z_loss)  # type: ignore[no-untyped-call]
@@ -89,9 +90,8 @@ class HeadAndLoss:
 
     def losses(self, x: Tensor, labels: Tensor, products: Products) -> Tensor:
         """Loss of each row, [s b], and no gradient."""
-        rows = self._all_rows(x)
-        losses = _empty_losses(rows)
-        for c, _, logits in self._chunks(rows, products, products.weight(self.weight, self.gradient)):
+        rows, losses = self._rows_and_losses(x)
+        for c, _, logits in self._chunks(rows, products, self._operand(products)):
             losses[c] = self._chunk_losses(logits, labels[c])
         return losses
 
@@ -99,27 +99,25 @@ class HeadAndLoss:
         self, x: Tensor, labels: Tensor, weights: Tensor, products: Products, z_loss: float
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Loss of each row [s b], gradient of x, and that of the weight unless ``gradient`` has taken it."""
-        rows = self._all_rows(x)
-        losses, grad_rows = _empty_losses(rows), empty(rows.shape, rows)
-        weights = weights.to(losses.dtype)
+        division, (rows, losses) = self._division, self._rows_and_losses(x)
+        grad_rows, weights = empty(rows.shape, rows), weights.to(losses.dtype)
 
         def write(place: Tensor, begun: bool) -> Tensor:
             """All of the losses and, of the gradients, the weight's into ``place``; returns that of x."""
-            grad_x, summed = grad_rows, Done()
-            operand = products.weight(self.weight, self.gradient)
+            grad_x, operand = grad_rows.view(-1, *x.shape[1:]), self._operand(products)
+            summed: Any = None
             for c, kept, logits in self._chunks(rows, products, operand):
                 losses[c] = self._chunk_losses(logits, labels[c], weights[c], z_loss)
-                grad_logits = products.gradient(logits)
+                grad_logits = logits if products.operands is None else products.operands.gradient(logits)
                 products.dgrad(grad_logits, operand, out=grad_rows[c])
-                if c.stop >= len(rows):  # launch: the weight's gradient hides it
-                    parts, tp = grad_rows.view(-1, *x.shape[1:]), self.options.tp
-                    if self.options.sequence_parallel:
-                        grad_x, summed = reduce_scatter_rows_async(parts, tp)
-                    else:
-                        grad_x, summed = parts, all_reduce(parts, tp, async_op=True)
+                if c.stop >= len(rows) and division.gathers:  # launch: the weight's gradient hides it
+                    grad_x, summed = reduce_scatter_rows_async(grad_x, division.group)
+                elif c.stop >= len(rows) and division.sums_input_gradient:
+                    summed = all_reduce(grad_x, division.group, async_op=True)
                 products.wgrad(grad_logits, kept, place, begun)
                 begun = True
-            summed.wait()
+            if summed is not None:
+                summed.wait()
             return grad_x
 
         if self.gradient is not None:
@@ -129,9 +127,14 @@ class HeadAndLoss:
         place = torch.empty_like(self.weight, dtype=dtype)
         return losses, write(place, False), place.to(self.weight.dtype)
 
-    def _all_rows(self, x: Tensor) -> Tensor:
-        """[s/t or s, b, h] -> [s b, h]."""
-        return (all_gather_rows(x, self.options.tp) if self.options.sequence_parallel else x).flatten(0, 1)
+    def _rows_and_losses(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[s/t or s, b, h] -> [s b, h], and a place for the loss of each row."""
+        rows = (all_gather_rows(x, self._division.group) if self._division.gathers else x).flatten(0, 1)
+        return rows, torch.empty(len(rows), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+
+    def _operand(self, products: Products) -> Any:
+        """The weight, as the products take it."""
+        return self.weight if products.operands is None else products.operands.weight(self.weight, self.gradient)
 
     def _chunks(
         self, rows: Tensor, products: Products, weight: Any
@@ -141,7 +144,7 @@ class HeadAndLoss:
         buffer = empty((size, self.weight.shape[0]), rows)
         for start in range(0, len(rows), size):
             c = slice(start, min(start + size, len(rows)))
-            chunk, kept = products.input(rows[c])
+            chunk, kept = (rows[c], (rows[c],)) if products.operands is None else products.operands.input(rows[c])
             yield c, kept, products.fprop(chunk, weight, out=buffer[: c.stop - c.start])
 
     def _chunk_losses(
@@ -184,7 +187,3 @@ class _HeadLoss(torch.autograd.Function):
             x, _, labels = ctx.saved_tensors
             _, grad_x, grad_weight = ctx.head.losses_and_gradients(x, labels, grads[0], *ctx.settings)
         return grad_x, grad_weight, None, None, None, None, None
-
-
-def _empty_losses(rows: Tensor) -> Tensor:
-    return torch.empty(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
