@@ -115,6 +115,11 @@ class GradientStore(Protocol):
         ...
 
     @property
+    def needs_acquire(self) -> bool:
+        """Whether weights may be on their way or given up, so that a part acquires them before it computes."""
+        ...
+
+    @property
     def weights_stay(self) -> bool:
         """Whether all weights are always there; else those of a part of the model are, from acquire to release."""
         ...

@@ -33,7 +33,7 @@ from megatron_hammer.model.head_loss import HeadAndLoss, Objective
 from megatron_hammer.model.layer_interface import LayerModule
 from megatron_hammer.model.layers import LayerOptions, ready_after
 from megatron_hammer.model.recompute import Layer, Recompute
-from megatron_hammer.model.residence import run_and_release, uses_of
+from megatron_hammer.model.residence import run_with_weights, uses_of
 from megatron_hammer.model.rope import cos_and_sin
 from megatron_hammer.parallel.collectives import all_gather_rows
 from megatron_hammer.parallel.context import ParallelContext
@@ -131,8 +131,6 @@ class Stage(nn.Module):
         if at.has_embedding:
             self.embedding = layers.VocabParallelEmbedding(rows, h, options)
         self.layers = nn.ModuleDict({str(i): DecoderLayer(config, at, options, parts) for i in range(*at.layers)})
-        self.recompute, self.region = recompute, recompute.region(parts.forward_region(options))
-        self.compiled, self.recorded_layers = False, self._recorded(self.layers.values())
         if at.has_head:
             self.final_norm = parts.RMSNorm(h, config.norm_eps, options)
             if not self.is_tied:
@@ -140,11 +138,35 @@ class Stage(nn.Module):
             last = self.embedding if self.is_tied else self.head
             self.head_and_loss = HeadAndLoss(last.weight, self.vocab_size, options, last.gradient, shared=self.is_tied)
         self.uses = uses_of(at.layers, at.has_embedding, at.has_head, self.is_tied)
+        self.recompute, self.region = recompute, recompute.region(parts.forward_region(options))
+        self.compiled, self.recorded_layers = False, self._recorded(self.layers.values())
+        self.plain_layers: list[Layer] = [self._held(f"layers.{i}", layer) for i, layer in self.layers.items()]
+        """What runs each layer where no gradients are recorded."""
+        self.ends: dict[str, Callable[..., Any]] = {}
+        """What runs the parts before and after the layers."""
+        if at.has_embedding:
+            self.ends["embedding"] = self._held("embedding", self.embedding, again=False)
+        if at.has_head:
+            self.ends["norm"] = self._held("final_norm", self.final_norm)
+            self.ends["loss"] = self._held("head", self.head_and_loss)
+            self.ends["loss and gradients"] = self._held("head", self.head_and_loss, again=False)
         self.rope_cache: dict[int, CosSin] = {}
 
-    def _recorded(self, plain: Iterable[Layer]) -> list[Layer]:
+    def _held(
+        self, part: str, run: Callable[..., Result], again: bool = True, by_itself: bool = False
+    ) -> Callable[..., Result]:
+        """``run`` with the weights of a part there, as ``run_with_weights`` says; itself where they always are."""
+        store = self.options.store
+        if store is None or not store.needs_acquire:
+            return run
+        return partial(run_with_weights, store, self.uses[part], run, again, by_itself)
+
+    def _recorded(self, plain: Iterable[Layer], by_itself: bool = False) -> list[Layer]:
         """What runs each layer where gradients are recorded."""
-        return [self.recompute.layer(i, layer, self.region) for i, layer in enumerate(plain, self.placement.layers[0])]
+        return [
+            self._held(f"layers.{i}", self.recompute.layer(i, layer, self.region), by_itself=by_itself)
+            for i, layer in enumerate(plain, self.placement.layers[0])
+        ]
 
     def rope(self, length: int) -> CosSin:
         """cos and sin of every position below ``length``, computed in fp32 and then rounded, as in Hugging Face."""
@@ -160,7 +182,7 @@ class Stage(nn.Module):
     def compile_layers(self) -> None:
         """Have the first training step compile a layer, whole; the others run that code, on their own weights."""
         run = torch.compile(self.recompute.body, fullgraph=True, dynamic=False)
-        self.recorded_layers = self._recorded(partial(run, layer) for layer in self.layers.values())
+        self.recorded_layers = self._recorded((partial(run, layer) for layer in self.layers.values()), by_itself=True)
         self.compiled = True
 
     def hidden(
@@ -182,41 +204,24 @@ class Stage(nn.Module):
         branch: Tensor | None = None
         if x is None:
             with self.range_of(EMBEDDING):
-                x = self._with_weights("embedding", self.embedding, tokens.t(), again=False)
+                x = self.ends["embedding"](tokens.t())
         recorded = torch.is_grad_enabled()
-        runs: Iterable[Layer] = self.recorded_layers if recorded else self.layers.values()
+        runs = self.recorded_layers if recorded else self.plain_layers
         compiled = self.compiled and recorded  # evaluation comes in many shapes: it is never compiled
         if compiled:
             branch = torch.zeros_like(x).requires_grad_()  # so that the first layer can run the code of the others
             told = None if documents is None else GraphPackedSequences.of(documents)
         with self.region():
-            for (i, layer), run in zip(self.layers.items(), runs, strict=True):
+            for layer, run in zip(self.layers.values(), runs, strict=True):
                 if compiled:
                     x = ready_after(x, gradients_of(layer))
-                x, branch = self._with_weights(f"layers.{i}", run, x, branch, rope, told, by_itself=compiled)
+                x, branch = run(x, branch, rope, told)
         if not self.placement.has_head:
             return x if branch is None else x + branch
         normed: Tensor
         with self.range_of(NORM):
-            normed, _ = self._with_weights("final_norm", self.final_norm, x, branch)
+            normed, _ = self.ends["norm"](x, branch)
         return normed
-
-    def _with_weights(
-        self, part: str, run: Callable[..., Result], *inputs: Any, again: bool = True, by_itself: bool = False
-    ) -> Result:
-        """``run(*inputs)`` while the weights of a part are there.
-
-        Args:
-            run: returns a tensor, or a tuple of tensors.
-            again: have them there in its backward too, which an embedding does not need.
-            by_itself: its backward writes gradients without ``Gradient.add``, as a compiled layer's does.
-        """
-        store, use = self.options.store, self.uses[part]
-        if store is not None:
-            store.acquire(use.part, use.following)
-            if not store.weights_stay or (by_itself and store.sums_are_new):
-                return run_and_release(store, use, run, inputs, again, by_itself)
-        return run(*inputs)  # nothing is given up
 
     def empty_hidden(self, tokens: Tensor, packed: bool) -> Tensor:
         """A place for what ``hidden`` receives of these tokens; packed: with documents."""
@@ -252,7 +257,9 @@ class Stage(nn.Module):
         if not self.placement.has_head:
             return x
         with self.range_of(HEAD):  # with an objective nothing is left for backward to compute
-            return self._with_weights("head", self.head_and_loss, x, labels, objective, again=objective is None)
+            run = self.ends["loss" if objective is None else "loss and gradients"]
+            losses: Tensor = run(x, labels, objective)
+        return losses
 
     def _head_columns(self, x: Tensor) -> Tensor:
         return layers.column_parallel(x, self.head_and_loss.weight, self.options)
@@ -261,7 +268,7 @@ class Stage(nn.Module):
     def logits(self, tokens: Tensor, documents: PackedSequences | None = None) -> Tensor:
         """[b, s] int64 -> [b, s, v] over the true vocabulary, gathered on every rank: for proofs, not for training."""
         x = self.hidden(tokens, documents)
-        columns = self._with_weights("head", self._head_columns, x)
+        columns = self._held("head", self._head_columns)(x)
         columns = columns.permute(2, 1, 0)  # [v/t, b, s]
         gathered = all_gather_rows(columns, self.options.tp)[: self.vocab_size]
         return gathered.permute(1, 2, 0).reshape(*tokens.shape, -1)

@@ -8,7 +8,7 @@ each stand two nodes of autograd that do nothing but call the store::
     backward   release <- [entry] <- its backward      <- [exit] <- acquire
 
 While a part computes, the weights of the next one in the same direction are on their way. A store that keeps everything
-gets the calls of ``acquire`` alone, and has no nodes.
+gets the calls of ``acquire`` alone, and has no nodes; one of a rank that shares its weights with nobody gets no calls.
 """
 
 from __future__ import annotations
@@ -57,16 +57,19 @@ def uses_of(layers: tuple[int, int], has_embedding: bool, has_head: bool, is_tie
     return uses
 
 
-def run_and_release(
-    store: GradientStore, use: Use, run: Callable[..., Result], inputs: tuple[Any, ...], again: bool, by_itself: bool
+def run_with_weights(
+    store: GradientStore, use: Use, run: Callable[..., Result], again: bool, by_itself: bool, *inputs: Any
 ) -> Result:
-    """``run(*inputs)`` with weights that have been acquired, of a store that gives up what is not in use.
+    """``run(*inputs)`` while the weights of a part are there.
 
     Args:
         run: returns a tensor, or a tuple of tensors.
-        again: have the weights there in its backward too.
-        by_itself: its backward writes gradients without ``Gradient.add``.
+        again: have the weights there in its backward too, which an embedding does not need.
+        by_itself: its backward writes gradients without ``Gradient.add``, as a compiled layer's does.
     """
+    store.acquire(use.part, use.following)
+    if store.weights_stay and not (by_itself and store.sums_are_new):
+        return run(*inputs)  # nothing is given up
     if not torch.is_grad_enabled() or not again:
         result = run(*inputs)
         store.release(use.part)

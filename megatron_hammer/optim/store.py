@@ -13,7 +13,7 @@ The store is made from the parameter table, before the model, which takes its we
     begin       before each micro-batch
     acquire     before a part of the model computes: its weights are there on return. Those that an update has changed
                 may still be on their way; those of which the rank keeps its shard only are gathered, and the gather of
-                the part that comes next begins
+                the part that comes next begins. A rank that shares its weights with nobody needs none of it
     release     when it has computed: what is gathered for it alone is given up. Backward does both again
     add         the layers' backward: each gradient into its place; a bucket whose last gradient has arrived starts its
                 reduce-scatter, while backward still runs. Of whole sums that is once a step, in the last micro-batch;
@@ -141,6 +141,8 @@ class FlatStore:
         self.of_stages = [self]
         """The stores of this rank's stages (``stage_stores.py``): it has one."""
         self.group = ctx.sharing
+        self.needs_acquire = self.group.size > 1
+        """Whether weights may be on their way or given up; a rank alone has all of them at any time."""
         self.overlap_reduce = overlap_reduce or self.group.size == 1  # one rank has nothing to wait for
         by_part = shard == "weights"
         self.layout = BufferLayout(self.table, bucket_bytes, self.group.size, self.group.rank, by_part, self.block)
