@@ -29,7 +29,7 @@ from megatron_hammer.model.llama import Stage
 from megatron_hammer.parallel.context import build_parallel_context
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.build import build_stages
-from megatron_hammer.train.step import accumulate
+from megatron_hammer.train.step import loss_and_gradients
 
 FORWARD, BACKWARD = 0.05, 0.1
 TOKENS = 8
@@ -90,7 +90,7 @@ def rank_main(rank: int, store: str, config: Config, steps: int, results: Any) -
     for _ in range(steps + 1):  # the first is a warm-up
         dist.barrier()
         start = time.perf_counter()
-        accumulate(stages, optimizer, batches, config, ctx)
+        loss_and_gradients(stages, optimizer, batches, config, ctx)
         dist.barrier()
         seconds.append(time.perf_counter() - start)
         optimizer.clip_grad_norm(1.0)

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_hammer.config import config_from_tree
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train import schedules, step
+from megatron_hammer.train import step
 from megatron_hammer.train.build import build
 from megatron_hammer.train.source_sums import Sources, mean_loss, source_figures, sum_by_source
 
@@ -97,7 +97,7 @@ def compare(shape: Shape, pairs: int, count: int) -> tuple[list[list[float]], li
                 report.loss.item()
                 written(report.by_source.tolist(), names)
             else:
-                with patch.object(schedules, "sum_by_source", one_sum), patch.object(step, "mean_loss", lambda t: t):
+                with patch.object(step, "sum_by_source", one_sum), patch.object(step, "mean_loss", lambda t: t):
                     step.train_step(model, optimizer, batches, config, number + 1, ctx).loss.item()
             if number >= WARM_UP_STEPS:
                 walls[side].append(time.perf_counter() - began[0])

@@ -36,7 +36,7 @@ from megatron_hammer.model.parameters import logical_shapes
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.build import build
-from megatron_hammer.train.schedules import forward_backward
+from megatron_hammer.train.step import loss_and_gradients
 
 ROUNDS = 2
 LARGEST_MICRO_BATCH = 16
@@ -196,7 +196,7 @@ def clip_and_update(bench: Bench) -> Result:
 
     def run(mark: Callable[[], None]) -> None:
         windows = bench.tokens(shape.micro_batch, shape.sequence + 1, vocabulary=shape.vocabulary)
-        forward_backward(model, optimizer, [Batch.from_windows(windows)], ctx)
+        loss_and_gradients(model, optimizer, [Batch.from_windows(windows)], config, ctx)
         mark()
         optimizer.clip_grad_norm(1.0)
         mark()

@@ -23,13 +23,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from megatron_hammer.config import Config
 from megatron_hammer.model.llama import Stage
 from megatron_hammer.optim.optimizer import Optimizer
-from megatron_hammer.parallel.collectives import all_reduce, start_receive, start_send
+from megatron_hammer.parallel.collectives import start_receive, start_send
 from megatron_hammer.parallel.context import Links, ParallelContext
 from megatron_hammer.parallel.pipeline import Action, Pipeline, posted_ahead
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train import schedules
 from megatron_hammer.train.corruption import CorruptionCheck, Pass
-from megatron_hammer.train.source_sums import ONE_SOURCE, Sources, sum_by_source
 
 
 def pipelined_forward_backward(
@@ -38,27 +37,20 @@ def pipelined_forward_backward(
     micro_batches: Sequence[Batch[Tensor]],
     config: Config,
     ctx: ParallelContext,
-    sources: Sources = ONE_SOURCE,
-    corruption: CorruptionCheck | None = None,
-) -> Tensor:
+    share: Tensor,
+    corruption: CorruptionCheck | None,
+) -> schedules.Computed:
     """``schedules.forward_backward`` for the stages of this rank, in the order of its ``Config.pipeline``.
 
-    Returns:
-        The table of ``source_sums.py``, the same on all ranks. Communicates over dp and pp.
+    Communicates over pp.
     """
-    whole = schedules.sum_of_weights(micro_batches, optimizer, ctx)
-    share = optimizer.scaler.scale / whole  # of a token of weight 1
     pipeline, z_loss = config.pipeline(ctx.pp.rank), config.train.z_loss
     if corruption is not None:
         order = pipeline.alone()
         _run(pipeline, order, stages, optimizer, micro_batches[:1], ctx, share, z_loss, corruption.alone)
     again = None if corruption is None else corruption.again
     order = pipeline.training(len(micro_batches))
-    done, losses = _run(pipeline, order, stages, optimizer, micro_batches, ctx, share, z_loss, again)
-    table = sum_by_source(done, losses, sources, ctx.device)
-    all_reduce(table, ctx.dp)
-    all_reduce(table, ctx.pp)  # of the last stage alone
-    return table
+    return _run(pipeline, order, stages, optimizer, micro_batches, ctx, share, z_loss, again)
 
 
 def _run(
@@ -71,14 +63,11 @@ def _run(
     share: Tensor,
     z_loss: float,
     watch: Pass | None,
-) -> tuple[list[Batch[Tensor]], list[Tensor]]:
+) -> schedules.Computed:
     """This rank's actions, in their order.
 
     Args:
         watch: is shown what the first micro-batch computes here.
-
-    Returns:
-        The batches that are done, and the losses of each, where this rank has the head.
     """
     done: list[Batch[Tensor]] = []
     losses: list[Tensor] = []

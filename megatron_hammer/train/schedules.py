@@ -1,6 +1,8 @@
 """Forward and backward over the micro-batches of one step on a rank that has the whole model.
 
-``pipeline.py`` does the same on a rank that has stages of a pipeline."""
+``pipeline.py`` does the same on a rank that has stages of a pipeline; ``step.py`` chooses between the two, and adds up
+the losses.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,12 @@ from torch import Tensor
 from megatron_hammer.model.head_loss import Objective
 from megatron_hammer.model.llama import Stage
 from megatron_hammer.optim.optimizer import Optimizer
-from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.corruption import CorruptionCheck
-from megatron_hammer.train.source_sums import ONE_SOURCE, SMALLEST_SUM, Sources, sum_by_source, weights_of
 
+Computed = tuple[list[Batch[Tensor]], list[Tensor]]
+"""Micro-batches, and the losses [b, s] of each; both empty on a rank whose stages have no head."""
 MicroBatch = Callable[[Stage, Batch[Tensor], Tensor, float], Tensor]
 """``micro_batch``, or something else that does the same (``cuda_graph.py``)."""
 
@@ -47,24 +49,17 @@ def forward_backward(
     optimizer: Optimizer,
     micro_batches: Sequence[Batch[Tensor]],
     ctx: ParallelContext,
-    z_loss: float = 0.0,
-    run: MicroBatch = micro_batch,
-    sources: Sources = ONE_SOURCE,
-    corruption: CorruptionCheck | None = None,
-) -> Tensor:
-    """Accumulate the gradient of the mean loss over the global batch, weighted where the batches have loss weights.
-
-    The last micro-batch's backward starts the reduction of the gradients. A global batch whose weights are all 0 has
-    loss 0 and no gradient.
+    share: Tensor,
+    z_loss: float,
+    run: MicroBatch,
+    corruption: CorruptionCheck | None,
+) -> Computed:
+    """Losses of the micro-batches, and their gradients in the store; the last backward starts the reduction of these.
 
     Args:
+        share: of the objective of the global batch that a token of weight 1 has: fp32 device scalar.
         corruption: runs the first micro-batch once more, before all others.
-
-    Returns:
-        The table of ``source_sums.py``, the same on all ranks. Communicates over dp.
     """
-    whole = sum_of_weights(micro_batches, optimizer, ctx)
-    share = optimizer.scaler.scale / whole  # of a token of weight 1
     losses, (store,) = [], optimizer.store.of_stages
     order = store.order(len(micro_batches))
     if corruption is not None:
@@ -78,17 +73,4 @@ def forward_backward(
         losses.append(run(model, micro_batches[i], share, z_loss))
         if watch is not None:
             watch.output(0, losses[0])
-    table = sum_by_source([micro_batches[i] for i in order], losses, sources, ctx.device)
-    all_reduce(table, ctx.dp)
-    return table
-
-
-def sum_of_weights(micro_batches: Sequence[Batch[Tensor]], optimizer: Optimizer, ctx: ParallelContext) -> int | Tensor:
-    """By how much all tokens of the global batch count together.
-
-    Without loss weights each token counts 1, every rank has as many, and their number is known on the host. With them
-    it is a device scalar for which nobody waits; communicates over dp, so that either all ranks have weights or none.
-    """
-    if all(batch.loss_weights is None for batch in micro_batches):
-        return sum(batch.labels.numel() for batch in micro_batches) * ctx.dp.size
-    return optimizer.store.total([weights_of(batch).sum() for batch in micro_batches]).clamp_min(SMALLEST_SUM)
+    return [micro_batches[i] for i in order], losses

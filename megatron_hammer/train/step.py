@@ -11,13 +11,21 @@ from megatron_hammer.config import Config
 from megatron_hammer.model.llama import Model, stages_of
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.schedule import learning_rate
+from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.corruption import CorruptionCheck, CorruptionReport
 from megatron_hammer.train.drift import DriftCheck, DriftReport
 from megatron_hammer.train.pipeline import pipelined_forward_backward
 from megatron_hammer.train.schedules import MicroBatch, forward_backward, micro_batch
-from megatron_hammer.train.source_sums import ONE_SOURCE, Sources, mean_loss
+from megatron_hammer.train.source_sums import (
+    ONE_SOURCE,
+    SMALLEST_SUM,
+    Sources,
+    mean_loss,
+    sum_by_source,
+    weights_of,
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class Checks:
 NO_CHECKS = Checks()
 
 
-def accumulate(
+def loss_and_gradients(
     model: Model,
     optimizer: Optimizer,
     micro_batches: Sequence[Batch[Tensor]],
@@ -68,17 +76,35 @@ def accumulate(
     sources: Sources = ONE_SOURCE,
     corruption: CorruptionCheck | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``forward_backward`` by the schedule for this rank's part of the model.
+    """Accumulate the gradient of the mean loss over the global batch, weighted where the batches have loss weights.
+
+    A global batch whose weights are all 0 has loss 0 and no gradient. Communicates over dp and pp.
 
     Returns:
-        mean loss of the global batch, fp32 device scalar, and the table that it is made of (``source_sums.py``).
+        mean loss, fp32 device scalar, and the table that it is made of (``source_sums.py``), the same on all ranks.
     """
+    share = optimizer.scaler.scale / sum_of_weights(micro_batches, optimizer, ctx)
+    stages = stages_of(model)
     if ctx.pp.size > 1:
-        table = pipelined_forward_backward(stages_of(model), optimizer, micro_batches, config, ctx, sources, corruption)
+        computed = pipelined_forward_backward(stages, optimizer, micro_batches, config, ctx, share, corruption)
     else:
-        (whole,), z_loss = stages_of(model), config.train.z_loss
-        table = forward_backward(whole, optimizer, micro_batches, ctx, z_loss, run, sources, corruption)
+        (whole,), z_loss = stages, config.train.z_loss
+        computed = forward_backward(whole, optimizer, micro_batches, ctx, share, z_loss, run, corruption)
+    table = sum_by_source(*computed, sources, ctx.device)
+    all_reduce(table, ctx.dp)
+    all_reduce(table, ctx.pp)  # of the last stage alone
     return mean_loss(table), table
+
+
+def sum_of_weights(micro_batches: Sequence[Batch[Tensor]], optimizer: Optimizer, ctx: ParallelContext) -> int | Tensor:
+    """By how much all tokens of the global batch count together.
+
+    Without loss weights each token counts 1, every rank has as many, and their number is known on the host. With them
+    it is a device scalar for which nobody waits; communicates over dp, so that either all ranks have weights or none.
+    """
+    if all(batch.loss_weights is None for batch in micro_batches):
+        return sum(batch.labels.numel() for batch in micro_batches) * ctx.dp.size
+    return optimizer.store.total([weights_of(batch).sum() for batch in micro_batches]).clamp_min(SMALLEST_SUM)
 
 
 def train_step(
@@ -99,7 +125,7 @@ def train_step(
         checks: those that it is time for.
         sources: by which losses are summed.
     """
-    loss, by_source = accumulate(model, optimizer, micro_batches, config, ctx, run, sources, checks.twice)
+    loss, by_source = loss_and_gradients(model, optimizer, micro_batches, config, ctx, run, sources, checks.twice)
     grad_norm = optimizer.clip_grad_norm(config.optimizer.clip_grad)
     lr = learning_rate(config, step)
     found = checks.before_update(step, optimizer)

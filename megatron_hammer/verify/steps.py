@@ -41,7 +41,7 @@ from megatron_hammer.train.cuda_graph import give_up, micro_batch_runner
 from megatron_hammer.train.pipeline import pipelined_losses
 from megatron_hammer.train.source_sums import LOSS, WEIGHT, Sources
 from megatron_hammer.train.state import RunState
-from megatron_hammer.train.step import accumulate
+from megatron_hammer.train.step import loss_and_gradients
 from megatron_hammer.verify.outcome import FIRST, INITIAL, Forward, Outcome, Piece, write_outcome
 from megatron_hammer.verify.points import ForwardWatch, in_row_order
 from megatron_hammer.verify.shrink import STEPS
@@ -76,7 +76,7 @@ def take_steps(config: Config, ctx: ParallelContext, dtype: torch.dtype, checkpo
         # Looked at in fp64 alone, which only the diagnosis needs: what runs then is never compiled, nor a CUDA graph.
         watch = ForwardWatch(batches)
         with watch.on(stages_of(model) if dtype == torch.float64 else []):
-            loss, table = accumulate(model, optimizer, batches, config, ctx, run, Sources(SOURCES))
+            loss, table = loss_and_gradients(model, optimizer, batches, config, ctx, run, Sources(SOURCES))
         if dtype == torch.float64:
             in_steps.append(_forward_of(watch, config, step, ctx))
         norm = optimizer.clip_grad_norm(config.optimizer.clip_grad)

@@ -20,7 +20,7 @@ from megatron_hammer.parallel import collectives
 from megatron_hammer.parallel.context import Group
 from megatron_hammer.parallel.placement import padded_vocab_size
 from megatron_hammer.train.build import build
-from megatron_hammer.train.schedules import forward_backward
+from megatron_hammer.train.step import loss_and_gradients
 from tests.distributed import run_distributed
 from tests.kernels.one_gradient import OneGradient
 from tests.model.tiny import logical_parts, make_context, merged, rank_batches, tiny_config
@@ -284,7 +284,7 @@ def _gradients(rank: int, tp: int, sp: bool, tied: bool, kept: bool) -> dict[str
     assert len(batches) > 1
     if kept:
         for _ in range(2):  # the second time over what the first one left
-            forward_backward(model, optimizer, batches, ctx)
+            loss_and_gradients(model, optimizer, batches, config, ctx)
             optimizer.store.reduce()
     else:
         count = sum(batch.labels.numel() for batch in batches)

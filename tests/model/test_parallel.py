@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_hammer.config import Config
 from megatron_hammer.parallel.placement import padded_vocab_size
-from megatron_hammer.train.schedules import forward_backward
+from megatron_hammer.train.step import loss_and_gradients
 from tests.distributed import run_distributed
 from tests.model.tiny import build, make_context, merged, rank_batches, tiny_config, train
 
@@ -99,7 +99,7 @@ def _watch_reduction(rank: int, config: Config) -> list[str]:
 
     optimizer.store.begin = note  # type: ignore[method-assign]
     assert len(batches) == 2
-    forward_backward(model, optimizer, batches, ctx)
+    loss_and_gradients(model, optimizer, batches, config, ctx)
     optimizer.store.reduce()
     return events
 
@@ -137,7 +137,7 @@ def _observe(rank: int, config: Config) -> tuple[list[tuple[int, ...]], list[tup
         batch = rank_batches(config, 1, ctx)[0]
         optimizer.store.begin(first=True, last=True)
         model(batch.tokens, batch.labels).sum().backward()
-        forward_backward(model, optimizer, rank_batches(config, 1, ctx), ctx)
+        loss_and_gradients(model, optimizer, rank_batches(config, 1, ctx), config, ctx)
         optimizer.clip_grad_norm(1.0)
         optimizer.step(1e-3)
     x = torch.randn(config.data.seq_length // ctx.tp.size, 2, config.model.hidden_size, requires_grad=True)

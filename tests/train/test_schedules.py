@@ -16,8 +16,7 @@ from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train.schedules import sum_of_weights
-from megatron_hammer.train.step import train_step
+from megatron_hammer.train.step import sum_of_weights, train_step
 from tests.distributed import run_distributed
 from tests.host_waits import OperationNames
 from tests.model.tiny import build, logical_parts, make_context, merged, random_batch, rank_batches, tiny_config

@@ -32,6 +32,7 @@ from megatron_hammer.parallel.context import Group, build_parallel_context
 from megatron_hammer.parallel.sequence_split import SequenceShare
 from megatron_hammer.sampling import batch
 from megatron_hammer.train import schedules
+from megatron_hammer.train import step as training_step
 from megatron_hammer.verify import steps
 from megatron_hammer.verify.outcome import Outcome
 from megatron_hammer.verify.steps import take_steps
@@ -370,8 +371,8 @@ def _first_samples_twice() -> Any:
 
 
 def _weighted(weight_of: Callable[[int], float]) -> Any:
-    real = schedules.sum_of_weights
-    return mock.patch.object(schedules, "sum_of_weights", lambda *a: real(*a) * weight_of(dist.get_rank()))
+    real = training_step.sum_of_weights
+    return mock.patch.object(training_step, "sum_of_weights", lambda *a: real(*a) * weight_of(dist.get_rank()))
 
 
 def _in_training(change: Callable[[FlatStore, torch.Tensor], None], recorded: bool) -> Any:
@@ -559,9 +560,9 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "borders of shards": _borders_of_shards_lost,
     "divisor of before": _divisor_of_before,
     "first losses reported": lambda: mock.patch.object(
-        schedules,
+        training_step,
         "sum_by_source",
-        lambda batches, losses, *a, real=schedules.sum_by_source: real(batches, losses[:1] * len(losses), *a),
+        lambda batches, losses, *a, real=training_step.sum_by_source: real(batches, losses[:1] * len(losses), *a),
     ),
     "norms decay": lambda: mock.patch.object(parameters.Parameter, "decay", property(lambda self: True)),
     "own norm": lambda: _norm(lambda store, add: store.local_square_sum(add)),

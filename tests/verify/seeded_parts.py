@@ -29,7 +29,8 @@ from megatron_hammer.parallel.context import build_parallel_context
 from megatron_hammer.parallel.pipeline import Pipeline
 from megatron_hammer.sampling import batch
 from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train import build, schedules
+from megatron_hammer.train import build
+from megatron_hammer.train import step as training_step
 from megatron_hammer.verify import parallel, steps
 from megatron_hammer.verify.outcome import write_outcome
 from megatron_hammer.verify.steps import precisions, take_steps
@@ -372,9 +373,9 @@ FAULTS: dict[str, Callable[[], Any]] = {
         build, "initialise", lambda s, t, seed, real=build.initialise: real(s, t, seed + s.placement.tp_rank)
     ),
     "source of a rank": lambda: patch(
-        schedules,
+        training_step,
         "sum_by_source",
-        lambda batches, *rest, real=schedules.sum_by_source: real(
+        lambda batches, *rest, real=training_step.sum_by_source: real(
             [dataclasses.replace(b, sources=(b.sources + dist.get_rank() % 2) % 2) for b in batches], *rest
         ),
     ),
