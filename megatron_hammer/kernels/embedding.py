@@ -1,4 +1,4 @@
-"""The gradient of an embedding table: the gradients of a micro-batch's tokens, summed into the row of each token.
+"""Looks up rows of an embedding table, and sums the gradients of a micro-batch's tokens into the row of each token.
 
 In text a few tokens are much more frequent than all others: of 16,384 tokens several hundred are the same one. A GPU's
 ``index_put_(accumulate=True)`` sorts and then adds the rows of one token one after the other, so that one token decides
@@ -22,7 +22,41 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_hammer.kernels.linear import Gradient, direct, once_differentiable
+
 BLOCK = 64  # the product costs 2 * BLOCK * h operations a token, 1 % of a layer's at h 2048; chains of 800 become 13
+
+
+class _Embedding(torch.autograd.Function):
+    """Rows of ``weight`` [v, h] by their numbers, [..] -> [.., h]; their gradient touches these rows and no others.
+
+    A gradient of the whole table would be written, read and added (2 x 32,000 x 512 in bf16 on 2 Xeon cores: 50 ms
+    against 0.5).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, gradient: Gradient | None, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.gradient, ctx.rows = gradient, len(weight)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        tokens, grad = ctx.saved_tensors[0].flatten(), grads[0].flatten(0, -2)
+        if ctx.gradient is None:
+            return torch.ops.aten.embedding_dense_backward(grad, tokens, ctx.rows, -1, False), None, None
+
+        def write(place: Tensor, begun: bool) -> None:
+            if not begun:
+                place.zero_()
+            add_rows(place, tokens, grad)
+
+        ctx.gradient.add(write)
+        return None, None, None
+
+
+look_up = direct(_Embedding)
 
 
 def add_rows(place: Tensor, tokens: Tensor, rows: Tensor) -> None:

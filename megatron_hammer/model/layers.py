@@ -19,16 +19,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from megatron_hammer.kernels.embedding import add_rows
+from megatron_hammer.kernels.embedding import look_up
 from megatron_hammer.kernels.linear import (
     Division,
     Gradient,
     GradientStore,
     Overlap,
     linear,
-    once_differentiable,
     stored,
 )
 from megatron_hammer.kernels.operations import Operations
@@ -200,35 +198,6 @@ def forward_region(options: LayerOptions) -> Callable[[], AbstractContextManager
     return nullcontext
 
 
-class _Embedding(torch.autograd.Function):
-    """Rows of a table; their gradient touches the rows that were looked up and no others.
-
-    A gradient of the whole table would be written, read and added (2 x 32,000 x 512 in bf16 on 2 Xeon cores: 50 ms
-    against 0.5). ``kernels/embedding.py`` adds them, in an order that is fixed.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, gradient: Gradient | None, tokens: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens)
-        ctx.gradient, ctx.rows = gradient, len(weight)
-        return F.embedding(tokens, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        tokens, grad = ctx.saved_tensors[0].flatten(), grads[0].flatten(0, -2)
-        if ctx.gradient is None:
-            return torch.ops.aten.embedding_dense_backward(grad, tokens, ctx.rows, -1, False), None, None
-
-        def write(place: Tensor, begun: bool) -> None:
-            if not begun:
-                place.zero_()
-            add_rows(place, tokens, grad)
-
-        ctx.gradient.add(write)
-        return None, None, None
-
-
 class VocabParallelEmbedding(nn.Module):
     """Look up tokens in a table whose rows are divided over the ranks: [s, b] -> [s/t, b, h].
 
@@ -242,9 +211,9 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.options.tp.size == 1:
-            return _Embedding.apply(self.weight, self.gradient, tokens)  # type: ignore[no-any-return, no-untyped-call]
+            return look_up(self.weight, self.gradient, tokens)  # type: ignore[no-any-return]
         local = tokens - self.rows_local * self.options.tp.rank
         elsewhere = (local < 0) | (local >= self.rows_local)
         # Another rank's tokens look up any rows, whose gradient is zero; all the same one would be added to in turn.
-        found = _Embedding.apply(self.weight, self.gradient, local % self.rows_local)  # type: ignore[no-untyped-call]
+        found = look_up(self.weight, self.gradient, local % self.rows_local)
         return _sum_parts(found.masked_fill(elsewhere.unsqueeze(-1), 0), self.options)

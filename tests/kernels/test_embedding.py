@@ -55,7 +55,7 @@ def test_tokens_of_other_ranks_do_not_meet_in_one_row(monkeypatch: pytest.Monkey
         looked_up.append(tokens)
         return torch.ones(*tokens.shape, 4)
 
-    monkeypatch.setattr("megatron_hammer.model.layers._Embedding.apply", lookup)
+    monkeypatch.setattr("megatron_hammer.model.layers.look_up", lookup)
     monkeypatch.setattr("megatron_hammer.model.layers._sum_parts", lambda partial, options: partial)
     tokens = torch.arange(512).view(4, 128)
     found = embedding(tokens)

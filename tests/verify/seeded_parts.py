@@ -123,7 +123,7 @@ def _bias_on_each_rank() -> Any:
 def _other_ranks_tokens_looked_up() -> Any:
     def forward(self: Any, tokens: torch.Tensor) -> torch.Tensor:
         local = (tokens - self.rows_local * self.options.tp.rank) % self.rows_local
-        return layers._sum_parts(layers._Embedding.apply(self.weight, self.gradient, local), self.options)
+        return layers._sum_parts(layers.look_up(self.weight, self.gradient, local), self.options)
 
     return patch(layers.VocabParallelEmbedding, "forward", forward)
 
