@@ -4,9 +4,9 @@
 records a micro-batch and ``source_sums.py`` sums the losses.
 
 *The loop*, ``loop.py``, runs steps and calls what comes between them: ``evaluate.py``, ``evaluator.py`` (in a process
-beside it), ``saver.py``, ``health.py`` and ``incidents.py``, ``drift.py`` and ``corruption.py``, ``stopping.py``,
-``late_numbers.py``, ``garbage.py``. ``training.py`` drives it, back over a ``rewind.py`` too, and ``state.py`` is what
-a checkpoint keeps of how far it is, of which ``course.py`` says which samples its steps held.
+beside it), ``saver.py``, ``health.py`` and ``incidents.py``, ``drift.py`` and ``corruption.py``, ``incident_file.py``,
+``stopping.py``, ``late_numbers.py``, ``garbage.py``. ``training.py`` drives it, back over a ``rewind.py`` too, and
+``state.py`` is what a checkpoint keeps of how far it is, of which ``course.py`` says which samples its steps held.
 
 *Before the first step*, in ``run.py``, ``prepare.py`` finds every mistake that can be found: ``changes.py`` compares
 settings with the checkpoint's, ``identity.py``, ``past.py`` and ``past_sources.py`` the data. ``start.py`` and

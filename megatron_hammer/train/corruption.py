@@ -41,7 +41,7 @@ from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel.agreement import gather_values
 from megatron_hammer.parallel.collectives import MAX, all_reduce
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.train.output import write_record
+from megatron_hammer.train.incident_file import write_down
 
 SHOWN = 8  # parameters of a rank, in the incident
 
@@ -174,8 +174,7 @@ class CorruptionCheck:
         ranks = [rank for rank in gather_values(self.ctx, tree) if rank["order"] is not None]
         earliest = min(rank["order"] for rank in ranks)
         first = [rank for rank in ranks if rank["order"] == earliest]
-        failed = _write(incident, report.step, first, ranks) if self.ctx.world.rank == 0 else None
-        written = where_written(incident, failed, self.ctx)
+        written = write_down(incident, _record(report.step, first, ranks), self.ctx)
         who = " and ".join(f"rank {rank['rank']} (host {rank['host']})" for rank in first[:SHOWN])
         after = len(ranks) - len(first)
         more = f" (then on {after} more rank{'s' if after > 1 else ''}, which computed with it)" if after else ""
@@ -188,18 +187,11 @@ class CorruptionCheck:
         )
 
 
-def _write(path: Path, step: int, first: Sequence[dict[str, Any]], ranks: Sequence[dict[str, Any]]) -> str | None:
-    """Write the incident down; why not, where the disk does not take it."""
+def _record(step: int, first: Sequence[dict[str, Any]], ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is written down of it."""
     shown = [{key: rank[key] for key in rank if key != "order"} for rank in ranks]
     record = {"step": step, "finding": "silent data corruption", "action": "stop"}
-    record |= {"first_ranks": [rank["rank"] for rank in first], "ranks": shown}
-    return write_record(path, record)
-
-
-def where_written(path: Path, failed: str | None, ctx: ParallelContext) -> str:
-    """Where a record is, for people, or why not: what rank 0 knows, on all ranks. Communicates over the world."""
-    why = gather_values(ctx, failed)[0]
-    return str(path) if why is None else f"{path}, which could not be written ({why})"
+    return record | {"first_ranks": [rank["rank"] for rank in first], "ranks": shown}
 
 
 def _differing(rank: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ the weights already.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +23,7 @@ from megatron_hammer.parallel.agreement import gather_values
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.loader import micro_batches
 from megatron_hammer.sampling.samples import TrainData, describe_samples
-from megatron_hammer.train.corruption import where_written
-from megatron_hammer.train.output import write_record
+from megatron_hammer.train.incident_file import incident_path, write_down
 from megatron_hammer.train.pipeline import pipelined_losses
 
 SHOWN_SAMPLES = 32  # in one file, so that people can read it
@@ -64,22 +62,14 @@ def write_incident(
     if index is not None:
         found["first_sample"] = first_sample + (index * ctx.samples.size + ctx.samples.rank) * size
     ranks = [rank for rank in gather_values(ctx, found) if rank["module"] or rank["gradients"]]
-    path = incident_path(config, record["step"], rewinds)
-    failed = None
+    tree: dict[str, Any] = {}
     if ctx.world.rank == 0:
         starts = sorted({rank["first_sample"] for rank in ranks if "first_sample" in rank})
         wanted = [i for start in starts for i in range(start, start + size)]
         wanted = wanted or list(range(first_sample, first_sample + step_samples))
         samples = [_describe(data, i) for i in wanted[:SHOWN_SAMPLES]]
         tree = record | {"ranks": ranks, "samples": samples, "samples_left_out": max(0, len(wanted) - SHOWN_SAMPLES)}
-        failed = write_record(path, tree)
-    return where_written(path, failed, ctx)
-
-
-def incident_path(config: Config, step: int, rewinds: int) -> Path:
-    """Where a step is written down; a run that has gone back may come to the same step with other samples."""
-    again = f"-after-{rewinds}-rewinds" if rewinds else ""
-    return Path(config.train.output) / "incidents" / f"step-{step:08d}{again}.json"
+    return write_down(incident_path(config, record["step"], rewinds), tree, ctx)
 
 
 def _describe(data: TrainData, sample: int) -> dict[str, Any]:

@@ -44,7 +44,8 @@ from megatron_hammer.train.evaluate import ValidResult, evaluate
 from megatron_hammer.train.evaluator import Evaluator
 from megatron_hammer.train.garbage import garbage_collected_by_hand
 from megatron_hammer.train.health import Health, Limits
-from megatron_hammer.train.incidents import incident_path, write_incident
+from megatron_hammer.train.incident_file import incident_path
+from megatron_hammer.train.incidents import write_incident
 from megatron_hammer.train.late_numbers import LateNumbers
 from megatron_hammer.train.output import HeldOutput
 from megatron_hammer.train.prepare import Prepared

@@ -23,10 +23,9 @@ import stat
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from megatron_hammer.base.errors import RefusedError
-from megatron_hammer.base.files import dump_names, replace_file, set_aside, sync_folder
+from megatron_hammer.base.files import replace_file, set_aside, sync_folder
 from megatron_hammer.base.locks import NO_LOCKS, take_lock
 from megatron_hammer.base.reading import read_regular
 from megatron_hammer.base.system import open_descriptors, sync
@@ -188,19 +187,6 @@ def clear_output(output: Path) -> list[str]:
             if left.fullmatch(path.name) or (folder == output and _PROBE.fullmatch(path.name)):
                 lines.append(remove_left(path, "a run"))
     return lines + clean_up(output / "checkpoints")
-
-
-def write_record(path: Path, tree: dict[str, Any]) -> str | None:
-    """Write down what happened, for people, and make its folder; why not, where the disk does not take it, else None.
-
-    It never fails: what is done about that which happened does not depend on it.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, dump_names(tree))
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
 
 
 def mark_saved(output: Path, step: int) -> None:

@@ -35,7 +35,7 @@ from megatron_hammer.sampling.phases import Skips
 from megatron_hammer.sampling.samples import TrainData
 from megatron_hammer.train.changes import FRESH
 from megatron_hammer.train.course import recorded
-from megatron_hammer.train.incidents import incident_path
+from megatron_hammer.train.incident_file import incident_path
 from megatron_hammer.train.prepare import Prepared, Start, checkpoints_folder, settle
 from megatron_hammer.train.start import name_start, open_start
 

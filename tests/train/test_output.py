@@ -6,11 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
-import orjson
 import pytest
 
 from megatron_hammer.base.errors import CheckpointError, RefusedError
-from megatron_hammer.train.output import clear_output, only_writer, write_record
+from megatron_hammer.train.output import clear_output, only_writer
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank
 from tests.train.runs import config_for, overrides
@@ -139,13 +138,6 @@ def test_what_kills_leave_goes_at_every_start(data: Path, tmp_path: Path) -> Non
                                                       "notes.tmp-1", "report.html.tmp-1", "starts.jsonl",
                                                       "trackers"]  # fmt: skip
     assert clear_output(run) == [] == list((run / "incidents").iterdir()) == list((run / "trackers").iterdir())
-
-
-def test_a_record_names_files_of_any_bytes_and_says_why_it_is_not_there(tmp_path: Path) -> None:
-    path = tmp_path / "incidents" / "step-00000001.json"
-    assert write_record(path, {"file": os.fsdecode(b"a\xff"), "other": "字"}) is None
-    assert orjson.loads(path.read_bytes()) == {"file": "a\\udcff", "other": "字"}
-    assert write_record(path / "below", {}) == "File exists"
 
 
 def test_a_finished_run_says_so_from_a_folder_that_nobody_may_write_to(data: Path, tmp_path: Path, monkeypatch) -> None:
