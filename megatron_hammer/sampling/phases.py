@@ -11,6 +11,8 @@ phases draw from it. Phases of one mix that follow each other are one span: a ph
 neighbour continues it, changes nothing. Where the length of samples changes, a source goes on with what is unread
 (``rest.py``). A source is known by its content, so a path that moves, or another place in the mix, changes nothing.
 
+A run may leave samples of this order out (``ledger.py``): its spans are then cut there, and numbered without them.
+
 All of this is a function of the phases and the sources: the number of a sample alone says its place. Which samples
 belong to which step is decided above this room, by ``RunState``, which counts them.
 """
@@ -72,9 +74,11 @@ class MixSpan:
     """Those of the mix, by their places among those of the run."""
     blend: Blend
     offsets: tuple[int, ...]
-    """Of each of ``sources``: samples that the spans before have taken from its order."""
+    """Of each of ``sources``: samples that the mixes before have taken from its order."""
     orders: Sequence[SourceOrder]
     """Of each of ``sources``."""
+    start: int = 0
+    """Which sample of the mix the first one is."""
 
     def share_of(self, source: int) -> float:
         """Of its samples; 0 where the source is not in the mix."""
@@ -84,9 +88,13 @@ class MixSpan:
         """The order of a source of the mix."""
         return self.orders[self.sources.index(source)]
 
-    def drawn(self, samples: int) -> list[int]:
-        """How many of its first ``samples`` each of ``sources`` gives."""
-        counts: list[int] = self.blend.counts(samples).tolist()
+    def in_mix(self, sample: int) -> int:
+        """Which sample of the mix a sample of the run is."""
+        return sample - self.first + self.start
+
+    def drawn_before(self, sample: int) -> list[int]:
+        """How many samples each of ``sources`` gives to the mix before a sample of the run, or before ``end``."""
+        counts: list[int] = self.blend.counts(self.in_mix(sample)).tolist()
         return counts
 
 
@@ -135,32 +143,45 @@ class Skips:
         """The place behind the samples of the run before ``number``: what is left out from there on lies behind it."""
         return self.place(number - 1) + 1 if number > 0 else 0
 
-    def number(self, place: int) -> int | None:
-        """The inverse; None where it is left out."""
-        if any(start <= place < end for start, end in self.ranges):
-            return None
-        return place - sum(end - start for start, end in self.ranges if end <= place)
-
 
 NO_SKIPS = Skips()
+
+
+def without(spans: Sequence[MixSpan], skips: Skips) -> list[MixSpan]:
+    """The spans of a run that leaves places of these out: cut there, and numbered without them."""
+    kept: list[MixSpan] = []
+    begins, stops, number = [0, *(end for _, end in skips.ranges)], [*(first for first, _ in skips.ranges), None], 0
+    for span in spans:
+        for begin, stop in zip(begins, stops, strict=True):
+            low = max(begin, span.first)
+            high = min((place for place in (stop, span.end) if place is not None), default=None)
+            if high is None or low < high:
+                end = None if high is None else number + high - low
+                kept.append(replace(span, first=number, end=end, start=low - span.first))
+                number = end or number  # behind one without an end comes none
+    return kept
 
 
 class SampleOrder:
     """The samples of a run, span after span.
 
-    A run may leave samples out (``ledger.py``). Then the number of a sample in the run is not its place in the order,
-    of which the spans speak; one is turned into the other here and nowhere else.
-
     Args:
+        spans: where nothing is left out.
         num_samples: length of the run where its order ends with it; None: it has no end.
         skips: what the run leaves out.
     """
 
     def __init__(self, spans: Sequence[MixSpan], num_samples: int | None = None, skips: Skips = NO_SKIPS) -> None:
-        self.spans, self.num_samples, self.skips = list(spans), num_samples, skips
+        self.spans, self.num_samples, self.skips = without(spans, skips), num_samples, skips
+        self._laid_out = spans
+
+    @property
+    def whole(self) -> SampleOrder:
+        """The order with nothing left out: its numbers are the places of which ``skips`` and the ledger speak."""
+        return SampleOrder(self._laid_out, self.num_samples)
 
     def within(self, first: int, end: int) -> Iterator[tuple[MixSpan, int, int]]:
-        """(span, first, end) of the parts of places [first, end), counted from the start of the order."""
+        """(span, first, end) of the parts of samples [first, end)."""
         at = bisect_right(self.spans, first, key=lambda span: span.first) - 1
         while first < end:
             if at == len(self.spans):
@@ -172,28 +193,19 @@ class SampleOrder:
 
     def span_at(self, sample: int) -> MixSpan:
         """The span that holds a sample."""
-        place = self.skips.place(sample)
-        return next(self.within(place, place + 1))[0]
+        return next(self.within(sample, sample + 1))[0]
 
     def parts(self, first: int, count: int) -> Iterator[SourceWindows]:
         """The windows that samples [first, first + count) are, by source."""
         if first < 0 or count < 1 or (self.num_samples is not None and first + count > self.num_samples):
             raise IndexError(f"samples [{first}, {first + count}) are not in [0, {self.num_samples})")
-        rows = 0
-        for place, taken in self.skips.pieces(first, count):
-            yield from self._parts_in_order(place, taken, rows)
-            rows += taken
-
-    def _parts_in_order(self, first: int, count: int, rows_before: int = 0) -> Iterator[SourceWindows]:
-        """The same of places, which are the samples from row ``rows_before`` on."""
         for span, begin, end in self.within(first, first + count):
-            number, before = end - begin, rows_before + begin - first
+            number, before, in_mix = end - begin, begin - first, begin - span.first + span.start
             if len(span.sources) == 1:
-                order, at = span.orders[0], span.offsets[0] + begin - span.first
-                rows = np.arange(before, before + number)
-                yield SourceWindows(span.sources[0], order, rows, order.windows(at, number))
+                order, rows = span.orders[0], np.arange(before, before + number)
+                yield SourceWindows(span.sources[0], order, rows, order.windows(span.offsets[0] + in_mix, number))
                 continue
-            places, positions = span.blend.range(begin - span.first, number)
+            places, positions = span.blend.range(in_mix, number)
             for place in np.unique(places).tolist():
                 rows = np.flatnonzero(places == place)  # the samples of one source follow each other
                 order, at = span.orders[place], span.offsets[place] + int(positions[rows[0]])
@@ -201,16 +213,8 @@ class SampleOrder:
 
     def ids(self, first: int, count: int) -> list[SampleId]:
         """The names of samples [first, first + count)."""
-        return self._names(self.parts(first, count), count)
-
-    def ids_at(self, place: int, count: int) -> list[SampleId]:
-        """The same of places [place, place + count), left out or not."""
-        return self._names(self._parts_in_order(place, count), count)
-
-    @staticmethod
-    def _names(parts: Iterator[SourceWindows], count: int) -> list[SampleId]:
         named: list[SampleId | None] = [None] * count
-        for part in parts:
+        for part in self.parts(first, count):
             epochs, windows = part.order.epochs(part.windows), part.windows.tolist()
             for row, epoch, window in zip(part.rows.tolist(), epochs, windows, strict=True):
                 named[row] = SampleId(part.source, epoch, window)
@@ -218,8 +222,8 @@ class SampleOrder:
 
     def prepare(self, first: int, end: int) -> None:
         """Build, or find, every index that samples [first, end) need."""
-        for span, begin, until in self.within(self.skips.place(first), self.skips.end(end)):
-            before, after = (span.drawn(sample - span.first) for sample in (begin, until))
+        for span, begin, until in self.within(first, end):
+            before, after = span.drawn_before(begin), span.drawn_before(until)
             for order, offset, low, high in zip(span.orders, span.offsets, before, after, strict=True):
                 if high > low:
                     order.prepare(offset + low, offset + high - 1)
@@ -281,6 +285,6 @@ def lay_out(
         )
         spans.append(span)
         if mix.end is not None:
-            for place, drawn in zip(drawn_from, span.drawn(mix.end - mix.first), strict=True):
+            for place, drawn in zip(drawn_from, span.drawn_before(mix.end), strict=True):
                 taken[place] += drawn
     return SampleOrder(spans, skips=skips)

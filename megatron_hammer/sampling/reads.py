@@ -65,8 +65,7 @@ def document_reads(data: TrainData, source: int, document: int, start: int, end:
         raise ConfigError(96, f"document {document} of {dataset.prefix}",
                           f"must lie in 0 to {dataset.num_documents} minus 1", "count documents from 0")  # fmt: skip
     reads: list[Read] = []
-    skips = data.order.skips
-    for span, begin, until in data.order.within(skips.place(start), max(skips.end(end), skips.place(start))):
+    for span, begin, until in data.order.within(start, end):
         share = span.share_of(source)
         if share == 0:
             continue
@@ -76,12 +75,12 @@ def document_reads(data: TrainData, source: int, document: int, start: int, end:
             windows = _megatron_windows(order, first, last)
         else:
             offset = span.offsets[span.sources.index(source)]
-            low = max(0, math.floor(share * (begin - span.first)) - _LAG)
-            high = math.ceil(share * (until - span.first)) + _LAG
+            low = max(0, math.floor(share * span.in_mix(begin)) - _LAG)
+            high = math.ceil(share * span.in_mix(until)) + _LAG
             windows = _independent_windows(order, document, offset + low, offset + high)
         for position, window in windows:
             i = _sample_of(span, source, position, share, begin, until)
-            if i is None or (i := skips.number(i)) is None:
+            if i is None:
                 continue
             spans = [part for part in data.locate(i) if part.document == document]
             if spans:
@@ -143,13 +142,13 @@ def _sample_of(span: MixSpan, source: int, position: int, share: float, start: i
     position -= span.offsets[place]
     if position < 0:
         return None
-    low = max(start - span.first, math.floor((position - _LAG) / share))
-    high = min(end - span.first, math.ceil((position + _LAG + 1) / share))
+    low = max(span.in_mix(start), math.floor((position - _LAG) / share))
+    high = min(span.in_mix(end), math.ceil((position + _LAG + 1) / share))
     if high <= low:
         return None
     sources, positions = span.blend.range(low, high - low)
     at = np.flatnonzero((sources == place) & (positions == position))
-    return span.first + low + int(at[0]) if len(at) else None
+    return span.first + low + int(at[0]) - span.start if len(at) else None
 
 
 def describe_read(read: Read, course: Course) -> dict[str, Any]:

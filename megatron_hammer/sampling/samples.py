@@ -243,8 +243,9 @@ class TrainData:
         """How many targets of samples [0, end) come from each of ``sources``."""
         counts = [0] * len(self.sources)
         for span, first, until in self.order.within(0, end):
-            for source, samples in zip(span.sources, span.drawn(until - first), strict=True):
-                counts[source] += samples * span.seq_length
+            before, after = span.drawn_before(first), span.drawn_before(until)
+            for source, low, high in zip(span.sources, before, after, strict=True):
+                counts[source] += (high - low) * span.seq_length
         return counts
 
     def sample_id(self, i: int) -> SampleId:

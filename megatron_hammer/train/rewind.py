@@ -157,8 +157,8 @@ def left_out(start: int, end: int, total: int, data: TrainData) -> tuple[Range, 
         before    . . . . w w | v v . . . .
         now       . . . . w w a v . | v . .        A reads three more and meets a v; B meets the other
     """
-    order = data.order
-    phase_end, pieces = order.span_at(start).end, list(order.skips.pieces(start, end - start))
+    order, whole, pieces = data.order, data.order.whole, list(data.order.skips.pieces(start, end - start))
+    phase_end = whole.span_at(pieces[0][0]).end
     behind = order.skips.end(total)  # of what the run comes to
     later = [part for part in order.skips.ranges if phase_end is not None and phase_end <= part[0] < behind]
     if phase_end is None or (sum(pieces[-1]) <= phase_end and not later):
@@ -166,12 +166,15 @@ def left_out(start: int, end: int, total: int, data: TrainData) -> tuple[Range, 
     end = min(end, total)
     unwanted = set(order.ids(start, end - start))
     for place, until in later:
-        unwanted.update(order.ids_at(place, until - place))
+        unwanted.update(whole.ids(place, until - place))
     found: list[Range] = []
     number, ahead = start, max(end, *(until for _, until in later), 0)
     while unwanted and number < min(total, ahead + LOOKED_FOR * len(unwanted)):
         now = data.with_skips(Skips(tuple(sorted((*order.skips.ranges, *found))))).order
-        phase_end, count = now.span_at(number).end, min(max(end - start, LOOKED_AT_ONCE), total - number)
+        phase_end, count = (
+            now.whole.span_at(now.skips.place(number)).end,
+            min(max(end - start, LOOKED_AT_ONCE), total - number),
+        )
         places = [at + i for at, taken in now.skips.pieces(number, count) for i in range(taken)]
         places = [place for place in places if phase_end is None or place < phase_end]
         names = now.ids(number, len(places))

@@ -14,7 +14,7 @@ from megatron_hammer.sampling import blend
 from megatron_hammer.sampling import samples as samples_module
 from megatron_hammer.sampling.cache import IndexStore
 from megatron_hammer.sampling.order import IndependentOrder, SampleId
-from megatron_hammer.sampling.phases import Mix, SampleOrder, Source, lay_out
+from megatron_hammer.sampling.phases import Mix, SampleOrder, Skips, Source, lay_out
 from megatron_hammer.sampling.reads import document_reads
 from megatron_hammer.sampling.samples import TrainData, describe_samples
 from tests.dataset.written import write_dataset
@@ -63,7 +63,7 @@ def check_passes(order: SampleOrder, count: int) -> int:
         place = span.sources.index(source)
         end = count if span.end is None else min(count, span.end)
         drawn_from = span.order_of(source)
-        rest = drawn_from.rest_after(span.offsets[place] + span.drawn(end - span.first)[place])
+        rest = drawn_from.rest_after(span.offsets[place] + span.drawn_before(end)[place])
         unread = [np.arange(p, p + n) for p, n in rest.intervals(0, rest.unfinished)]
         assert len(np.unique(targets)) == len(targets), "a target was read twice"
         whole = np.sort(np.concatenate([targets, *unread]))
@@ -139,6 +139,22 @@ def test_any_way_of_asking_gives_the_same_samples() -> None:
     for first, count in ((0, 60), (5, 20), (12, 2), (21, 3), (59, 1)):
         assert order.ids(first, count) == ids[first : first + count]
     assert [order.ids(i, 1)[0] for i in range(60)] == ids and SampleId(0, 0, 0)._fields == ("source", "epoch", "window")
+
+
+@pytest.mark.parametrize("left_out", [(), ((0, 3),), ((12, 14),), ((13, 22),), ((5, 6), (10, 25), (40, 41))])
+def test_what_is_left_out_only_renumbers(left_out: tuple[tuple[int, int], ...]) -> None:
+    """A sample is the i-th place that is not left out, over the ends of spans too, and so is what sources give."""
+    phases = (13, {0: 1, 1: 2}, 4), (9, {1: 1, 3: 1}, 16), (None, {0: 1}, 4)
+    skips = Skips(left_out)
+    order = lay_out(mixes_of(*phases), SOURCES, 7, skips=skips)
+    ids = order.ids(0, 60)
+    assert ids == [order.whole.ids(skips.place(i), 1)[0] for i in range(60)]
+    for first, count in ((7, 11), (0, 1), (59, 1), (2, 50)):
+        assert order.ids(first, count) == ids[first : first + count]
+        for span, begin, end in order.within(first, first + count):
+            given = [sum(name.source == source for name in ids[begin:end]) for source in span.sources]
+            before, after = span.drawn_before(begin), span.drawn_before(end)
+            assert [high - low for low, high in zip(before, after, strict=True)] == given
 
 
 def test_a_run_that_had_larger_batches_reads_beyond_its_length() -> None:
