@@ -80,7 +80,7 @@ class PendingStep:
     """Loss, norm, whether it was applied and the table of sources; and the words of all ranks: how many had received a
     stop signal, and what they had to say of a save in flight."""
     saving: int
-    """Which save that was (``Saver.phase``)."""
+    """How far that save was then (``Saver.phase``)."""
     limits: Limits | None
     """What its loss and its norm may be at most."""
 
