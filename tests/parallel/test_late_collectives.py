@@ -20,8 +20,6 @@ from megatron_hammer.parallel.context import Group
 from tests.distributed import run_distributed
 from tests.model.tiny import tiny_config, train
 
-TP = dict(parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True)
-
 
 class _Late:
     def __init__(self, begin: Callable[[], Any]) -> None:
@@ -50,8 +48,11 @@ def _trained(rank: int, config: Config, late: bool) -> Any:
         dict(train__precision="bf16"),
         dict(parallel__shard="weights", train__recompute="full"),
         dict(parallel__shard="gradients", optimizer__style="muon"),
-        TP,
-        TP | dict(parallel__tp_comm_overlap="chunks"),
+        dict(  # whose backward gathers as without chunks
+            parallel__tensor_model_parallel_size=2,
+            parallel__sequence_parallel=True,
+            parallel__tp_comm_overlap="chunks",
+        ),
     ],
     ids=str,
 )
