@@ -40,7 +40,7 @@ from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train import corruption, cuda_graph
 from megatron_hammer.train.build import check_compiler
 from megatron_hammer.train.loop import TrainLoop
-from megatron_hammer.train.output import HeldOutput, clear_output, is_read_only, only_writer, put_in_order
+from megatron_hammer.train.output import LockedOutput, clear_output, is_read_only, only_writer, put_in_order
 from megatron_hammer.train.prepare import Prepared, Start, build_large_indices, find_start, look_at_inputs, settle
 from megatron_hammer.train.start import facts_of, look_for_probe, name_start, open_start, probe_file
 
@@ -70,7 +70,7 @@ class Beginning:
         self._cleaned: list[str] = []
         self._damage: dict[str, str] = {}
         self._turns = 0
-        self.output: HeldOutput | None = None
+        self.output: LockedOutput | None = None
         """On rank 0, the folder that it holds the lock of."""
         self.device = torch.device("cpu")
         """This rank's; there once the ranks have agreed."""

@@ -105,7 +105,7 @@ def make_branch(
     accepted = tuple(name for change in changed_settings(saved, child) for name in change.accepted_by[:1])
     branch = Branch(folder, parent, child, accepted)
     with staged_folder(folder) as staging:
-        _write(branch, Path(run), staging)
+        _write(branch, staging)
     return branch
 
 
@@ -154,7 +154,7 @@ def _annealed(child: Config, saved: Config, parent: Manifest, tokens: int, overr
     return dataclasses.replace(child, schedule=schedule, optimizer=optimizer, train=train)
 
 
-def _write(branch: Branch, run: Path, staging: Path) -> None:
+def _write(branch: Branch, staging: Path) -> None:
     parent, step = branch.parent, branch.parent.step
     target = staging / "checkpoints" / step_name(step)
     target.mkdir(parents=True)

@@ -47,7 +47,7 @@ from megatron_hammer.train.health import Health, Limits
 from megatron_hammer.train.incident_file import incident_path
 from megatron_hammer.train.incidents import write_incident
 from megatron_hammer.train.late_numbers import LateNumbers
-from megatron_hammer.train.output import HeldOutput
+from megatron_hammer.train.output import LockedOutput
 from megatron_hammer.train.prepare import Prepared
 from megatron_hammer.train.rewind import BadStep, go_back
 from megatron_hammer.train.saver import MASK, Saver
@@ -106,7 +106,7 @@ class TrainLoop:
         prepared: Prepared,
         ctx: ParallelContext,
         range_of: RangeOf = no_range,
-        output: HeldOutput | None = None,
+        output: LockedOutput | None = None,
         prediction: Prediction | None = None,
     ) -> None:
         config = prepared.config

@@ -54,7 +54,7 @@ _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 # ---- the lock -------------------------------------------------------------------------------------------------------
 
 
-class HeldOutput:
+class LockedOutput:
     """The output folder, which no other run of this program writes to while this one lives."""
 
     def __init__(self, output: Path, folder: int, lock: int) -> None:
@@ -86,7 +86,7 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 
 @contextmanager
-def only_writer(output: Path, is_new: bool = False) -> Iterator[HeldOutput]:
+def only_writer(output: Path, is_new: bool = False) -> Iterator[LockedOutput]:
     """Make the folder, durably, and hold its lock, which ends with the process, however it ends.
 
     Args:
@@ -112,7 +112,7 @@ def only_writer(output: Path, is_new: bool = False) -> Iterator[HeldOutput]:
         try:
             if not (_lock_folder(folder) and (taken := take_lock(lock, output / LOCK))):
                 raise _in_use(output, is_ours=_is_open_here(lock))
-            held = HeldOutput(output, folder, lock)
+            held = LockedOutput(output, folder, lock)
             held.check()
             sync(folder)
             yield held

@@ -26,7 +26,7 @@ from megatron_hammer.config import config_to_tree
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.parallel.agreement import all_or_none
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.train.output import HeldOutput, mark_saved
+from megatron_hammer.train.output import LockedOutput, mark_saved
 from megatron_hammer.train.prepare import Prepared, checkpoints_folder
 from megatron_hammer.train.state import RunState
 
@@ -51,7 +51,7 @@ class Saver:
         prepared: Prepared,
         optimizer: Optimizer,
         ctx: ParallelContext,
-        output: HeldOutput | None = None,
+        output: LockedOutput | None = None,
         say: Callable[[str], None] = lambda text: None,
         note: Callable[[str], None] = lambda text: None,
         sync: Callable[[], None] = lambda: None,
