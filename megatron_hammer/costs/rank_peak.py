@@ -117,7 +117,7 @@ def ranks_that_differ(config: Config) -> list[int]:
 
 
 def _widened(config: Config, placements: Sequence[Placement]) -> int:
-    """Bytes of the rooms for bf16 products on a CPU that has none: an operand, a block of the other, the result.
+    """Bytes of scratch memory for bf16 products on a CPU that has none: an operand, a block of the other, the result.
 
     Layers, head and evaluations use one set in turn.
     """
@@ -128,8 +128,8 @@ def _widened(config: Config, placements: Sequence[Placement]) -> int:
     if placements[-1].has_head:
         assert config.model.vocab_size is not None
         wanted.append((_chunk(config, "cpu"), placements[-1].vocab_rows_local(config.model.vocab_size), h))
-    each = [wide_products.room_elements(*products) for products in wanted]
-    return 4 * sum(max(rooms[i] for rooms in each) for i in range(3))
+    each = [wide_products.scratch_elements(*products) for products in wanted]
+    return 4 * sum(max(sizes[i] for sizes in each) for i in range(3))
 
 
 def _rows(config: Config, at: Placement) -> int:

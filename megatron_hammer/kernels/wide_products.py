@@ -32,15 +32,15 @@ def block_rows(rows: int, cols: int) -> int:
     return min(rows, max(1, BLOCK_ELEMENTS // cols))
 
 
-def room_elements(tokens: int, rows: int, cols: int) -> tuple[int, int, int]:
-    """In fp32 for products of so many tokens with a weight [rows, cols]: an operand, a block of the other, results."""
+def scratch_elements(tokens: int, rows: int, cols: int) -> tuple[int, int, int]:
+    """Of products of so many tokens with a weight [rows, cols] in fp32: an operand, a block of the other, results."""
     rows = block_rows(rows, cols)
     of_tokens, of_block = tokens * max(rows, cols), rows * max(tokens, cols)
     return of_tokens, of_block, max(of_tokens, of_block)
 
 
-class _Rooms(threading.local):
-    """What is in fp32 for the time of a product: one set for each thread, which all its products use in turn.
+class _Scratch(threading.local):
+    """Memory for what is in fp32 while a product is made: one set for each thread, which all its products use in turn.
 
     It goes with the thread. Until then it stays, since blocks of MiB that come and go leave holes in malloc's heap.
     """
@@ -48,18 +48,18 @@ class _Rooms(threading.local):
     def __init__(self) -> None:
         self.whole = self.block = self.result = torch.empty(0, dtype=torch.float32)
         self.fitting = dict[tuple[int, torch.Size], int]()
-        """(tokens, shape of a weight) for which the rooms are large enough -> rows of a block."""
+        """(tokens, shape of a weight) for which it is large enough -> rows of a block."""
 
     def fit(self, tokens: int, shape: torch.Size) -> int:
-        """Make the rooms large enough for products of so many tokens with such a weight; rows of a block."""
-        found, elements = [], room_elements(tokens, shape[0], shape[1])
-        for room, wanted in zip((self.whole, self.block, self.result), elements, strict=True):
-            found.append(room if room.numel() >= wanted else torch.empty(wanted, dtype=torch.float32))
+        """Make it large enough for products of so many tokens with such a weight; rows of a block."""
+        found, elements = [], scratch_elements(tokens, shape[0], shape[1])
+        for memory, wanted in zip((self.whole, self.block, self.result), elements, strict=True):
+            found.append(memory if memory.numel() >= wanted else torch.empty(wanted, dtype=torch.float32))
         self.whole, self.block, self.result = found
         return self.fitting.setdefault((tokens, shape), block_rows(shape[0], shape[1]))
 
 
-ROOMS = _Rooms()
+SCRATCH = _Scratch()
 """Not an object's: a graph is given tensors, and head and layers would have a set each."""
 
 
@@ -69,38 +69,38 @@ class WideProducts(Products):
     def fprop(self, x: Any, weight: Any, out: Tensor | None = None) -> Tensor:
         y = empty((*x.shape[:-1], weight.shape[0]), x) if out is None else out
         rows, results = x.flatten(0, -2), y.flatten(0, -2)
-        size = ROOMS.fitting.get((rows.shape[0], weight.shape)) or ROOMS.fit(rows.shape[0], weight.shape)
-        wide = ROOMS.whole[: rows.numel()].view(rows.shape).copy_(rows)
+        size = SCRATCH.fitting.get((rows.shape[0], weight.shape)) or SCRATCH.fit(rows.shape[0], weight.shape)
+        wide = SCRATCH.whole[: rows.numel()].view(rows.shape).copy_(rows)
         for i in range(0, weight.shape[0], size):
             part, found = weight[i : i + size], results[:, i : i + size]
-            block = ROOMS.block[: part.numel()].view(part.shape).copy_(part)
-            found.copy_(torch.mm(wide, block.t(), out=ROOMS.result[: found.numel()].view(found.shape)))
+            block = SCRATCH.block[: part.numel()].view(part.shape).copy_(part)
+            found.copy_(torch.mm(wide, block.t(), out=SCRATCH.result[: found.numel()].view(found.shape)))
         return y
 
     def dgrad(self, grad: Any, weight: Any, out: Tensor | None = None) -> Tensor:
         dx = empty((*grad.shape[:-1], weight.shape[1]), grad) if out is None else out
         rows, results = grad.flatten(0, -2), dx.flatten(0, -2)
-        size = ROOMS.fitting.get((rows.shape[0], weight.shape)) or ROOMS.fit(rows.shape[0], weight.shape)
-        summed = ROOMS.result[: results.numel()].view(results.shape)
+        size = SCRATCH.fitting.get((rows.shape[0], weight.shape)) or SCRATCH.fit(rows.shape[0], weight.shape)
+        summed = SCRATCH.result[: results.numel()].view(results.shape)
         for i in range(0, weight.shape[0], size):
             part, columns = weight[i : i + size], rows[:, i : i + size]
-            block = ROOMS.block[: part.numel()].view(part.shape).copy_(part)
-            wide = ROOMS.whole[: columns.numel()].view(columns.shape).copy_(columns)
+            block = SCRATCH.block[: part.numel()].view(part.shape).copy_(part)
+            wide = SCRATCH.whole[: columns.numel()].view(columns.shape).copy_(columns)
             torch.addmm(summed, wide, block, beta=int(i > 0), out=summed)
         results.copy_(summed)
         return dx
 
     def wgrad(self, grad: Any, kept: tuple[Tensor, ...], place: Tensor, begun: bool) -> None:
         grad, x = grad.flatten(0, -2), kept[0].flatten(0, -2)
-        size = ROOMS.fitting.get((x.shape[0], place.shape)) or ROOMS.fit(x.shape[0], place.shape)
-        wide = ROOMS.whole[: x.numel()].view(x.shape).copy_(x)
+        size = SCRATCH.fitting.get((x.shape[0], place.shape)) or SCRATCH.fit(x.shape[0], place.shape)
+        wide = SCRATCH.whole[: x.numel()].view(x.shape).copy_(x)
         for i in range(0, place.shape[0], size):
             part, columns = place[i : i + size], grad[:, i : i + size]
-            block = ROOMS.block[: columns.numel()].view(columns.shape).copy_(columns)
+            block = SCRATCH.block[: columns.numel()].view(columns.shape).copy_(columns)
             if place.dtype == torch.float32:  # straight from the product, as those of fp32
                 torch.addmm(part, block.t(), wide, beta=int(begun), out=part)
                 continue
-            product = torch.mm(block.t(), wide, out=ROOMS.result[: part.numel()].view(part.shape))
+            product = torch.mm(block.t(), wide, out=SCRATCH.result[: part.numel()].view(part.shape))
             accumulate(product, part, begun)
 
 

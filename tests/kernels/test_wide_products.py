@@ -29,7 +29,7 @@ def assert_rounded_once(found: Tensor, exact: Tensor, size: Tensor) -> None:
 def test_each_product_is_rounded_once(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of the weight in fp32 not even once; into memory that is given, or not."""
     monkeypatch.setattr(wide_products, "BLOCK_ELEMENTS", block)
-    monkeypatch.setattr(wide_products, "ROOMS", type(wide_products.ROOMS)())
+    monkeypatch.setattr(wide_products, "SCRATCH", type(wide_products.SCRATCH)())
     products, generator = WideProducts(), torch.Generator().manual_seed(3)
     x, weight, grad = (torch.randn(*shape, generator=generator).to(BF16) for shape in ((5, 2, 24), (7, 24), (5, 2, 7)))
     wide = [t.double().flatten(0, -2) for t in (x, weight, grad)]
@@ -48,19 +48,19 @@ def test_each_product_is_rounded_once(block: int, monkeypatch: pytest.MonkeyPatc
         assert_rounded_once(place, exact + begun, size + begun)
 
 
-def test_a_thread_has_one_set_of_rooms(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_has_one_set_of_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers, head, evaluation and graphs of a thread use the same; what another thread had goes with it."""
-    monkeypatch.setattr(wide_products, "ROOMS", type(wide_products.ROOMS)())
+    monkeypatch.setattr(wide_products, "SCRATCH", type(wide_products.SCRATCH)())
     monkeypatch.setattr(wide_products, "pay_here", lambda *_: True)
     layers, head = select_products(KernelsConfig(compile="layers"), CPU, BF16)
     x, weight, found = torch.ones(5, 24, dtype=BF16), torch.ones(7, 24, dtype=BF16), list[int]()
-    rooms = list[weakref.ref[Tensor]]()
+    seen = list[weakref.ref[Tensor]]()
 
     def multiply() -> None:
         for products in (layers, layers.evaluation, head):
             assert torch.equal(products.fprop(x, weight), torch.full((5, 7), 24.0, dtype=BF16))
-            found.append(wide_products.ROOMS.whole.data_ptr())
-        rooms.append(weakref.ref(wide_products.ROOMS.whole))
+            found.append(wide_products.SCRATCH.whole.data_ptr())
+        seen.append(weakref.ref(wide_products.SCRATCH.whole))
 
     multiply()
     thread = threading.Thread(target=multiply)
@@ -68,7 +68,7 @@ def test_a_thread_has_one_set_of_rooms(monkeypatch: pytest.MonkeyPatch) -> None:
     thread.join()
     assert len(set(found[:3])) == len(set(found[3:])) == 1 and len(set(found)) == 2
     gc.collect()
-    assert rooms[0]() is not None and rooms[1]() is None
+    assert seen[0]() is not None and seen[1]() is None
 
 
 def test_where_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:

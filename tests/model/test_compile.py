@@ -236,7 +236,7 @@ def test_gradients_of_weights_are_added_unrounded(wide: bool, recompute: str, mo
     monkeypatch.setattr(linear, "add_wgrad", as_on_a_gpu)
     monkeypatch.setattr(wide_products, "pay_here", lambda *_: wide)
     monkeypatch.setattr(wide_products, "BLOCK_ELEMENTS", 64 * 40)  # a weight in blocks
-    monkeypatch.setattr(wide_products, "ROOMS", type(wide_products.ROOMS)())
+    monkeypatch.setattr(wide_products, "SCRATCH", type(wide_products.SCRATCH)())
     ctx, found, all_losses = ParallelContext.single(), [], []
     for changes in (PLAIN, {**COMPILED, "train__recompute": recompute}):
         changes = {**changes, "train__global_batch_size": 6, "kernels__attention": "sdpa"}
