@@ -8,7 +8,7 @@
 
 torch and transformers, which take seconds to import, are imported here meanwhile, and once. Each answer is one JSON
 object in a line of standard output; ``{"error": ...}`` is the last. Where standard input ends, the export has ended,
-however that happened, and so does this process.
+however that happened, and so does this process. Needs no torch to begin.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from typing import Any, cast
 from megatron_hammer.base.cli import run
 from megatron_hammer.base.errors import HammerError, from_exception, to_fields
 from megatron_hammer.checkpoint.manifest import read_manifest, saved_model
-from megatron_hammer.huggingface.certificate import prove
 from megatron_hammer.huggingface.exported_tokenizer import TokenizerForm, write_tokenizer
 
 
@@ -42,6 +41,8 @@ def main() -> int:
         manifest = read_manifest(checkpoint)
         tokenizer = write_tokenizer(manifest, saved_model(manifest), Path(folder), cast(TokenizerForm, form))
         answer({"token_ids": tokenizer.token_ids})
+        from megatron_hammer.huggingface.certificate import prove  # while the weights are written
+
         is_written.wait()
         answer(prove(manifest.folder, Path(folder), dtype, tokenizer.unproved))
     except (HammerError, OSError) as error:
