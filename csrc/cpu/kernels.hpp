@@ -1,7 +1,7 @@
 // The fused operations on a range of rows: one table of functions for each instruction set, filled by kernels.inl.
 //
 // T is the type in memory, float or Bf16; arithmetic is fp32. Rows are contiguous and lie one after the other where no
-// stride is given. A function changes nothing but its rows, takes no locks and starts no threads (operations.cpp does).
+// stride is given. A function changes nothing but its rows, takes no locks and starts no threads (operations.hpp does).
 // Legend: h hidden, f feed-forward, d head size, s positions, b micro-batch.
 #pragma once
 
