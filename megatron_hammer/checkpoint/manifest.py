@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError
 from megatron_hammer.base.files import hash_bytes, hash_content, hash_file, write_durably
@@ -309,8 +309,8 @@ def _check_state(state: dict[str, Any]) -> None:
             raise ValueError(f"state.{name}={state[name]!r:.60}")
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**53
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**53  # True and 1.0 are not
 
 
 def _is_scalar(value: Any) -> bool:
@@ -345,8 +345,8 @@ def _parse_slice(row: list[Any], tensors: Sequence[LogicalTensor]) -> SavedSlice
 
 
 def _count(value: Any) -> int:
-    """A number of the manifest."""
-    if type(value) is not int or not 0 <= value < 2**53:  # True and 1.0 are not
+    """A number of the manifest, if it is one."""
+    if not _is_count(value):
         raise ValueError(f"{value!r} is not a count")
     return value
 
