@@ -107,7 +107,7 @@ EXTENSIONS = [
             f"csrc/cpu/{name}"
             for name in (
                 *("kernels.hpp", "kernels.inl", "vectors.inl", "operations.hpp", "tensor.hpp"),
-                *("attention.hpp", "attention.inl", "attention_bindings.hpp"),
+                *("arena.hpp", "attention.hpp", "attention.inl", "attention_bindings.hpp"),
             )
         ],
         cxx_std=17,

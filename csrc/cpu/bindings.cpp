@@ -8,10 +8,8 @@
 #include <new>
 #include <string>
 #include <vector>
-#ifdef __GLIBC__
-#include <malloc.h>
-#endif
 
+#include "arena.hpp"
 #include "attention_bindings.hpp"
 #include "operations.hpp"
 #include "tensor.hpp"
@@ -39,26 +37,23 @@ void compute(Type type, Work work) {
   }
 }
 
-// A block of memory as malloc gives it; kernels/native/cpu.py says why not an aligned one.
+// A block of memory for a tensor.
 class Memory {
  public:
-  explicit Memory(size_t size) : size_(size) {
-#ifdef __GLIBC__
-    // Backward ends with a heap that is mostly free. Handed back to the system, each page of it would cost a fault in
-    // the next micro-batch. Larger blocks than 32 MiB glibc always asks the system for.
-    static const bool kept = mallopt(M_MMAP_THRESHOLD, 32 << 20) && mallopt(M_TRIM_THRESHOLD, -1);
-    (void)kept;
-#endif
-    data_ = std::malloc(size);
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
+  explicit Memory(size_t size) : data_(arena().take(size)), size_(size) {}
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
-  ~Memory() { std::free(data_); }
+  ~Memory() { arena().give(data_, size_); }
 
   py::buffer_info buffer() { return {static_cast<uint8_t*>(data_), static_cast<py::ssize_t>(size_)}; }
 
  private:
+  // Never destroyed: tensors may outlive the module.
+  static hammer::Arena& arena() {
+    static hammer::Arena& arena = *new hammer::Arena;
+    return arena;
+  }
+
   void* data_;
   size_t size_;
 };
@@ -275,7 +270,7 @@ std::vector<const Version*> versions() {
 
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "Compiled half of megatron_hammer.kernels.native.cpu; csrc/cpu/kernels.hpp documents the functions.";
-  module.attr("INTERFACE") = 6;  // kernels/native/cpu.py refuses a module of another number
+  module.attr("INTERFACE") = 7;  // kernels/native/cpu.py refuses a module of another number
   py::class_<Memory>(module, "Memory", py::buffer_protocol()).def(py::init<size_t>()).def_buffer(&Memory::buffer);
   py::class_<Version>(module, "Version")
       .def_property_readonly("name", [](const Version& version) { return version.name; })

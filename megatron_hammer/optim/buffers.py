@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_hammer.base import pages
 from megatron_hammer.base.pages import Pages, Spare
+from megatron_hammer.kernels.native.cpu import empty
 from megatron_hammer.optim.layout import Bucket, BufferLayout
 
 
@@ -65,7 +66,7 @@ class Buffers:
     ) -> None:
         self.layout, self.whole = layout, whole or layout.ranks == 1
         size = layout.total if self.whole else layout.total // layout.ranks
-        self.kept = torch.zeros(size, dtype=dtype, device=device)
+        self.kept = empty((size,), torch.empty(0, dtype=dtype, device=device)).zero_()
         self.views: dict[int, Tensor] = {}
         """Each parameter's place, by its position in the table, with a version counter of its own (``.data``): a graph
         holds its weights and sums from forward to backward, while other layers write to theirs."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_hammer.base.compiled import find_compiled
 from megatron_hammer.kernels.arguments import Columns
 
-INTERFACE = 6  # raised with every change of the compiled functions: an old build must not be called with new arguments
+INTERFACE = 7  # raised with every change of the compiled functions: an old build must not be called with new arguments
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 COMPILED: Any = find_compiled("megatron_hammer.kernels.native._cpu", INTERFACE)
@@ -123,31 +123,20 @@ def library() -> CpuKernels:
     return CpuKernels(COMPILED.versions()[0])
 
 
-# ---- memory of large results -------------------------------------------------------------------------------------
-#
-# torch asks glibc for blocks that begin at a multiple of 64 bytes. To be sure of one, glibc looks for a hole that is
-# larger by the alignment, so the hole that a tensor leaves is always a little too small for the next tensor of its
-# size, and the heap grows: by 140 MB beside the 250 that a micro-batch keeps, at h 512, f 1408, 8 layers and 2,048
-# tokens in bf16 (glibc 2.36). A request without an alignment takes a hole of exactly its size; here the beginning is
-# moved to such a multiple inside of it.
-#
-# With the first such tensor the process stops to hand freed memory back to the system (``Memory`` in csrc/cpu): the
-# next micro-batch would pay for every page of it, 14 % of a step at that size in fp32.
+# ---- memory of large results ---------------------------------------------------------------------------------------
 
-ALIGNMENT = 64  # bytes: torch's own, a cache line and the widest vector
 LARGE_BYTES = 2**18  # smaller ones leave small holes, and 5 us a call would be felt
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """A new contiguous tensor of any contents, with the dtype and device of ``like``; not a view, without gradient.
 
-    A large one on a CPU lies where the same result of the next micro-batch finds room again; any other is torch's own.
+    A large one on a CPU lies in huge pages, where the same result of the next micro-batch finds room again
+    (``csrc/cpu/arena.hpp`` says what malloc's blocks cost); any other is torch's own.
     """
     dtype = like.dtype
     size = prod(shape) * dtype.itemsize
     if not like.is_cpu or size < LARGE_BYTES or COMPILED is None:
         return torch.empty(shape, dtype=dtype, device=like.device)
     # Beside products, which leave nothing of this code in the cache, each call of torch takes some 5 us.
-    new = torch.frombuffer(COMPILED.Memory(size + ALIGNMENT), dtype=dtype)
-    offset = -new.data_ptr() % ALIGNMENT // dtype.itemsize  # malloc's blocks begin at a multiple of 16
-    return new.set_(new.untyped_storage(), offset, tuple(shape))  # type: ignore[call-overload, no-any-return]
+    return torch.frombuffer(COMPILED.Memory(size), dtype=dtype).resize_(shape)
