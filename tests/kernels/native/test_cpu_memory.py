@@ -11,6 +11,10 @@ import torch
 from megatron_hammer.kernels.native import cpu
 from megatron_hammer.kernels.native.cpu import LARGE_BYTES, empty
 
+ours = pytest.mark.skipif(
+    bool(cpu.unavailable(torch.device("cpu"))) or "HAMMER_SANITIZED" in os.environ,
+    reason="without our compiled kernels, or with a sanitizer, memory is malloc's",
+)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,7 +39,7 @@ def test_memory_outlives_the_call_and_no_longer() -> None:
     assert [int(v.sum()) for v in views] == [100 * i for i in range(8)]
 
 
-@pytest.mark.skipif(bool(cpu.unavailable(torch.device("cpu"))), reason="without our compiled kernels memory is torch's")
+@ours
 def test_a_second_micro_batch_takes_the_holes_of_the_first() -> None:
     """Of any sizes, some of them beyond what malloc keeps (32 MiB), freed in another order, while one block stays."""
     like, sizes = torch.empty(0, dtype=torch.uint8), [3 * 2**20, LARGE_BYTES, 40 * 2**20, 2**20 + 1]
@@ -59,9 +63,7 @@ def test_a_second_micro_batch_takes_the_holes_of_the_first() -> None:
         assert first >= begin - stays.nbytes - 2**21 and last <= end + stays.nbytes + 2**21
 
 
-@pytest.mark.skipif(bool(cpu.unavailable(torch.device("cpu"))), reason="without our compiled kernels memory is torch's")
+@ours
 def test_too_much_is_refused() -> None:
-    if os.environ.get("HAMMER_SANITIZED"):
-        pytest.skip("the address sanitizer ends the process at such a request")
     with pytest.raises(MemoryError):
         empty((2**62,), torch.empty(0, dtype=torch.uint8))
