@@ -96,23 +96,26 @@ void add_rms_norm_forward(int64_t rows, int64_t h, const T* x, const T* branch, 
   }
 }
 
+// In fp32 the machine's own prefetching follows the four streams better than `ahead` does, which doubles the time of rows
+// of 1 KiB and adds 40 % to those of 2 KiB; in bf16 `ahead` saves a fifth (two threads of a Xeon with AVX-512, in a step).
 template <class T>
 void add_rms_norm_backward(int64_t rows, int64_t h, const T* grad_normed, const T* grad_summed, const T* summed,
                            const T* weight, const float* rstd, T* grad_x, float* partial) {
+  constexpr bool asks = sizeof(T) == 2;
   for (int64_t row = 0; row < rows; ++row) {
     const float scale = rstd[row];
     V dot{};
     each(h, [&](int64_t i, auto lanes) {
-      ahead(grad_normed + i), ahead(summed + i);
+      if (asks) ahead(grad_normed + i), ahead(summed + i);
       dot += lanes.load(grad_normed + i) * lanes.load(weight + i) * lanes.load(summed + i);
     });
     const float mean = total(dot) * scale / static_cast<float>(h);  // of g n
     each(h, [&](int64_t i, auto lanes) {
-      ahead(grad_x + i);
+      if (asks) ahead(grad_x + i);
       const V grad = lanes.load(grad_normed + i), n = lanes.load(summed + i) * scale;
       V result = (grad * lanes.load(weight + i) - n * mean) * scale;
       if (grad_summed != nullptr) {
-        ahead(grad_summed + i);
+        if (asks) ahead(grad_summed + i);
         result += lanes.load(grad_summed + i);
       }
       lanes.store(grad_x + i, result);
