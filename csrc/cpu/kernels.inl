@@ -96,8 +96,9 @@ void add_rms_norm_forward(int64_t rows, int64_t h, const T* x, const T* branch, 
   }
 }
 
-// In fp32 the machine's own prefetching follows the four streams better than `ahead` does, which doubles the time of rows
-// of 1 KiB and adds 40 % to those of 2 KiB; in bf16 `ahead` saves a fifth (two threads of a Xeon with AVX-512, in a step).
+// In fp32 the machine's own prefetching follows the four streams better than `ahead` does, which doubles the time of
+// rows of 1 KiB and adds 40 % to those of 2 KiB; in bf16 `ahead` saves a fifth (two threads of a Xeon with AVX-512, in
+// a step).
 template <class T>
 void add_rms_norm_backward(int64_t rows, int64_t h, const T* grad_normed, const T* grad_summed, const T* summed,
                            const T* weight, const float* rstd, T* grad_x, float* partial) {
