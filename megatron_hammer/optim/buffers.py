@@ -22,7 +22,6 @@ from torch import Tensor
 
 from megatron_hammer.base import pages
 from megatron_hammer.base.pages import Pages, Spare
-from megatron_hammer.kernels.native.cpu import empty
 from megatron_hammer.optim.layout import Bucket, BufferLayout
 
 
@@ -66,7 +65,7 @@ class Buffers:
     ) -> None:
         self.layout, self.whole = layout, whole or layout.ranks == 1
         size = layout.total if self.whole else layout.total // layout.ranks
-        self.kept = empty((size,), torch.empty(0, dtype=dtype, device=device)).zero_()
+        self.kept = _zeros(size, dtype, device)
         self.views: dict[int, Tensor] = {}
         """Each parameter's place, by its position in the table, with a version counter of its own (``.data``): a graph
         holds its weights and sums from forward to backward, while other layers write to theirs."""
@@ -117,3 +116,12 @@ class Buffers:
         if not self.whole and self._memories[bucket].is_open:
             self._memories[bucket].close()
             self.open_bytes -= self.full[bucket].nbytes
+
+
+def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[size] zeros; on a CPU in huge pages where there are any, which the system has back when the tensor goes."""
+    if device.type != "cpu" or not pages.HERE or size * dtype.itemsize < pages.HUGE:
+        return torch.zeros(size, dtype=dtype, device=device)
+    own = Pages(size * dtype.itemsize)
+    own.open()
+    return torch.frombuffer(own.memory, dtype=dtype, count=size)
