@@ -51,7 +51,6 @@ REASONS = {
         "train/output.py",
         "os.open",
     ): "the output folder; its lock: no link, a regular file",
-    ("verify/drill.py", "read_bytes"): "what the drill's own runs have written",
     ("verify/nvidia.py", "read_text"): "/proc",
     ("verify/drill.py", "read_text"): "the same",
     ("verify/faults.py", "read_bytes"): "the same",

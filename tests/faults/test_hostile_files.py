@@ -352,7 +352,7 @@ CASES: dict[str, tuple[Callable[[Path], object], Make, str]] = {
     "tiktoken digits": (tokenizer, text("t.tiktoken", RANKS + b"YWI= " + b"9" * 5_000 + b"\n"), "E312"),
     "metrics deep": (curves, text("metrics.jsonl", DEEP + "\n"), "E382 deep"),
     "metrics line without end": (curves, endless("metrics.jsonl"), "E380 device"),
-    "metrics long line": (curves, text("metrics.jsonl", b"x" * (3 << 20)), "E382 longer"),
+    "metrics long line": (curves, text("metrics.jsonl", b"x" * (5 << 20)), "E382 longer"),
     "metrics infinite": (curves, text("metrics.jsonl", '{"step": 1e999, "loss": 1, "lr": 1}\n'), "E382"),
     "metrics digits": (curves, text("metrics.jsonl", '{"step": 1, "loss": 1%s, "lr": 1}\n' % ("0" * 400)), "E382"),
     "metrics pipe": (curves, pipe("metrics.jsonl"), "E380 pipe"),
