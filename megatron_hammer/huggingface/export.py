@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -102,7 +103,7 @@ def export_hf(
             certificate = read_json(staging / CERTIFICATE)
         else:
             with Prover(manifest.folder, staging, dtype, tokenizer) as prover:
-                _write_weights(manifest, staging, dtype, max_shard_bytes)
+                _write_weights(manifest, staging, dtype, max_shard_bytes, prover.look)
                 write_configs(model, prover.token_ids(), staging, dtype)
                 certificate = prover.prove()
     if remark := remark_on(certificate.get("tokenizer", {})):
@@ -110,11 +111,13 @@ def export_hf(
     return certificate
 
 
-def _write_weights(manifest: Manifest, folder: Path, dtype: str, max_shard_bytes: int | None) -> None:
-    """Import torch, whose seconds pass beside the other process, and write."""
+def _write_weights(
+    manifest: Manifest, folder: Path, dtype: str, max_shard_bytes: int | None, look: Callable[[], object] = lambda: None
+) -> None:
+    """Import torch, whose seconds pass beside the other process, and write; ``look`` is called before each tensor."""
     from megatron_hammer.huggingface.weights import export_weights
 
-    export_weights(manifest, folder, dtype, max_shard_bytes)
+    export_weights(manifest, folder, dtype, max_shard_bytes, look)
 
 
 def write_configs(model: ModelConfig, token_ids: dict[str, Any], folder: Path, dtype: str) -> None:
@@ -130,7 +133,7 @@ class Prover(AbstractContextManager["Prover"]):
     Its memory goes with it, and nothing is reused of what wrote the weights.
 
     Raises:
-        HammerError: from both methods, what the process raised, or that it died.
+        HammerError: from all methods, what the process raised, or that it died.
     """
 
     def __init__(self, checkpoint: Path, folder: Path, dtype: str, form: TokenizerForm) -> None:
@@ -143,6 +146,7 @@ class Prover(AbstractContextManager["Prover"]):
             "MALLOC_MMAP_THRESHOLD_": str(2**20),
         }
         self._folder = folder
+        self._token_ids: dict[str, Any] | None = None
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited: Ctrl-C is the export's affair
         try:
             self._process = subprocess.Popen(
@@ -151,10 +155,16 @@ class Prover(AbstractContextManager["Prover"]):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
+    def look(self) -> None:
+        """Raise where the process has refused the tokenizer, or is dead; waits for nothing."""
+        if self._token_ids is None and select.select([self._process.stdout], [], [], 0)[0]:
+            self.token_ids()
+
     def token_ids(self) -> dict[str, Any]:
         """The special ids that the configs name, once the tokenizer is written and proved."""
-        found: dict[str, Any] = self._answer()["token_ids"]
-        return found
+        if self._token_ids is None:
+            self._token_ids = self._answer()["token_ids"]
+        return self._token_ids
 
     def prove(self) -> dict[str, Any]:
         """The certificate, as in the folder, which must be complete."""
@@ -182,7 +192,8 @@ class Prover(AbstractContextManager["Prover"]):
         status = self._process.wait()
         cause = f"exit status {status}" if status > 0 else f"signal {-status}"
         remedy = "see the lines above; signal 9 usually means too little memory for one fp32 model"
-        return RefusedError(26, f"the proof of {self._folder.name}", f"ended by {cause} without a verdict", remedy)
+        what = f"the process that writes the tokenizer of {self._folder.name} and proves it"
+        return RefusedError(26, what, f"ended by {cause} without a verdict", remedy)
 
     def __exit__(self, *rest: object) -> None:
         with suppress(BrokenPipeError), self._process:  # closes the pipes and waits for its end

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from megatron_hammer.base.cli import run
-from megatron_hammer.base.errors import HammerError, from_exception, to_fields
+from megatron_hammer.base.errors import from_exception, to_fields
 from megatron_hammer.checkpoint.manifest import read_manifest, saved_model
 from megatron_hammer.huggingface.exported_tokenizer import TokenizerForm, write_tokenizer
 
@@ -45,7 +45,7 @@ def main() -> int:
 
         is_written.wait()
         answer(prove(manifest.folder, Path(folder), dtype, tokenizer.unproved))
-    except (HammerError, OSError) as error:
+    except Exception as error:
         known = from_exception(error, "the proof of the export")
         if known is None:
             raise

@@ -35,12 +35,19 @@ MAX_TENSORS = 60_000  # over all files: 5,000 layers
 DEFAULT_SHARD_BYTES = 5 * 10**9  # transformers' own long-time default
 
 
-def export_weights(manifest: Manifest, folder: Path, dtype: str, max_shard_bytes: int | None) -> None:
-    """Stream the logical weights of a checkpoint, in one type, into one file, or into several with an index."""
+def export_weights(
+    manifest: Manifest, folder: Path, dtype: str, max_shard_bytes: int | None, look: Callable[[], object] = lambda: None
+) -> None:
+    """Stream the logical weights of a checkpoint, in one type, into one file, or into several with an index.
+
+    Args:
+        look: called before each tensor; what it raises ends the export.
+    """
     tensors = {tensor.name: (dtype, tensor.shape) for tensor in manifest.tensors if tensor.kind == "weight"}
     with LogicalReader(manifest) as reader, one_thread():
 
         def chunks(name: str) -> Iterator[Any]:
+            look()
             for band in reader.bands(name):
                 yield band.to(DTYPES[dtype]).view(-1).view(torch.uint8).numpy()
 

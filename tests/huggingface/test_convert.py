@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedError
+from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedError, from_fields
 from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.checkpoint.manifest import read_manifest, saved_model
 from megatron_hammer.checkpoint.read import read_logical
@@ -25,10 +27,11 @@ from megatron_hammer.config import load_config
 from megatron_hammer.dataset.look.document_marks import documents_begin_with
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
+from megatron_hammer.huggingface import export, prover
 from megatron_hammer.huggingface.certificate import prove
 from megatron_hammer.huggingface.export import Prover, export_hf
 from megatron_hammer.huggingface.importing import import_hf
-from megatron_hammer.huggingface.weights import HfWeights, check_tensors, plan_files
+from megatron_hammer.huggingface.weights import HfWeights, check_tensors, export_weights, plan_files
 from megatron_hammer.model.parameters import EMBEDDING, HEAD, logical_shapes
 from megatron_hammer.tokenizer import conversion_proof
 from megatron_hammer.tokenizer.convert import QWEN2_WORDS, export_note
@@ -571,11 +574,41 @@ def test_the_other_process_refuses_a_tokenizer_and_proves_the_model_alone(tmp_pa
     model = tiny_model(vocab_size=tokenizer.vocab_size)
     write_layout(tmp_path / "run" / "checkpoints", model, random_logical(model), tokenizer=tokenizer)
     monkeypatch.setattr(sys, "executable", warm_python())
-    with pytest.raises(RefusedError, match=r"E501.*is a word model.*or export the weights with --tokenizer as-is"):
-        export_hf(tmp_path / "run", tmp_path / "hf")
+
+    def write_for_ever(*given):  # a refusal is heard while weights are written
+        while True:
+            given[-1]()
+            time.sleep(0.02)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "_write_weights", write_for_ever)
+        with pytest.raises(RefusedError, match=r"E501.*is a word model.*or export the weights with --tokenizer as-is"):
+            export_hf(tmp_path / "run", tmp_path / "hf")
+    with pytest.raises(ZeroDivisionError):  # between two tensors
+        export_weights(open_checkpoint(tmp_path / "run"), tmp_path, "float32", None, lambda: 1 // 0)
+    (tmp_path / "model.safetensors").unlink(missing_ok=True)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     certificate = export_hf(tmp_path / "run", tmp_path / "hf", note=lambda text: None, tokenizer="none")
     assert certificate["tokenizer"]["present"] is False and "is a word model" in certificate["tokenizer"]["reason"]
+
+
+@pytest.mark.parametrize(("error", "code"), [(ImportError("no module", name="regex"), "E251"), (MemoryError(), "E10")])
+def test_what_befalls_the_other_process_comes_back_with_its_code(tmp_path, monkeypatch, error, code):
+    """It was E526, of a proof, whatever had befallen the tokenizer."""
+    model, answers = tiny_model(), io.StringIO()
+    checkpoint = write_layout(tmp_path / "run", model, random_logical(model)).folder
+    monkeypatch.setattr(sys, "argv", ["prover", str(checkpoint), str(tmp_path), "float32", "exact"])
+    for name, value in (("dup", lambda number: number), ("dup2", lambda *_: None), ("fdopen", lambda *_: answers)):
+        monkeypatch.setattr(prover.os, name, value)
+    monkeypatch.setattr(prover, "_listen", lambda event: None)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(prover, "write_tokenizer", fail)
+    status = prover.main()
+    raised = from_fields(json.loads(answers.getvalue())["error"])
+    assert raised.code.startswith(code) and status == raised.exit_code
 
 
 def test_the_other_process_ends_with_the_export(tmp_path, monkeypatch):
