@@ -246,9 +246,7 @@ def _saved_weights(manifest: Manifest, dtype: Any) -> dict[str, Any]:
 
 
 def choose_place(wanted: str, unknown: int = 45, absent: int = 45) -> str:
-    """``--device`` as torch names it; a GPU becomes the one of this process.
-
-    Triton launches on the current GPU, wherever the tensors lie: on another one it would compute with foreign memory.
+    """``--device`` as torch names it.
 
     Args:
         unknown: number of the error for what is no device.
@@ -269,8 +267,6 @@ def choose_place(wanted: str, unknown: int = 45, absent: int = 45) -> str:
     if device.type not in ("cpu", "cuda") or (device.index or 0) >= there:
         rule = f"is not here: torch sees {torch.cuda.device_count()} GPUs"
         raise ConfigError(absent, f"--device {wanted}", rule, "use cpu")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
     return wanted
 
 

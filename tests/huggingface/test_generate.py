@@ -23,7 +23,6 @@ from megatron_hammer.huggingface.export import export_hf
 from megatron_hammer.huggingface.generate import Sampling, continue_rows, continue_texts, generate, read_prompts
 from megatron_hammer.huggingface.text_model import (
     TextModel,
-    choose_place,
     open_folder,
     open_saved,
     open_text_model,
@@ -186,15 +185,6 @@ def test_the_certificate_says_how_documents_began(saved, folder) -> None:
 def test_values_out_of_range_are_refused(exported, changes, words) -> None:
     with pytest.raises(ConfigError, match=f"E245.*{words}"):
         next(continue_texts(exported, ["x"], replace(GREEDY, **changes)))
-
-
-def test_a_gpu_that_is_named_becomes_the_current_one(monkeypatch) -> None:
-    """Triton launches there, and not where its tensors are: on another GPU a loss of ours would be nonsense."""
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert [choose_place(device) for device in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
-    assert chosen == [torch.device("cuda", 1)]
 
 
 def test_what_cannot_be_continued_is_named(saved, exported, folder, tmp_path) -> None:

@@ -16,6 +16,8 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_hammer.kernels.native.triton_rows import on_its_gpu
+
 try:
     import triton
     import triton.language as tl
@@ -94,6 +96,7 @@ if triton is not None:
         tl.store(out, (tl.load(out).to(tl.float64) + total).to(tl.float32))
 
 
+@on_its_gpu
 def adamw(
     master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, param: Tensor | None, lr: float,
     beta1: float, beta2: float, eps: float, decay: float, divisor: Tensor, skip: Tensor, updates: Tensor,
@@ -115,6 +118,7 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -1e4
 
 
+@on_its_gpu
 def add_square_sum(part: Tensor, out: Tensor) -> None:
     """out, an fp32 scalar, += sum(part^2): part flat fp32."""
     n = part.numel()

@@ -19,6 +19,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from megatron_hammer.kernels.native.triton_rows import on_its_gpu
+
 try:
     import triton
     import triton.language as tl
@@ -201,6 +203,7 @@ def _check(like: Tensor, *tensors: Tensor | None) -> None:
         assert x is None or (x.is_contiguous() and x.dtype == like.dtype), f"expected contiguous {like.dtype}: {x}"
 
 
+@on_its_gpu
 def add_rms_norm_forward(
     x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, normed: Tensor, summed: Tensor | None, rstd: Tensor
 ) -> None:
@@ -216,6 +219,7 @@ def add_rms_norm_forward(
     )  # fmt: skip
 
 
+@on_its_gpu
 def add_rms_norm_backward(
     grad_normed: Tensor, grad_summed: Tensor | None, summed: Tensor, weight: Tensor, rstd: Tensor,
     grad_x: Tensor, grad_weight: Tensor,
@@ -235,6 +239,7 @@ def add_rms_norm_backward(
     grad_weight.copy_(partial.sum(0))
 
 
+@on_its_gpu
 def rope_forward(qkv: Tensor, cos: Tensor, sin: Tensor, turned: int) -> None:
     """Turn the first ``turned`` heads of qkv [s, b, heads, d] in place; cos, sin: [s, d/2]."""
     _check(qkv, qkv, cos, sin)
@@ -247,6 +252,7 @@ def rope_forward(qkv: Tensor, cos: Tensor, sin: Tensor, turned: int) -> None:
         )
 
 
+@on_its_gpu
 def rope_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor, grad_qkv: Tensor) -> None:
     """grad_qkv [s, b, n + 2g, d] from gradients [s, b, n or g, d], of which the last dimension is contiguous."""
     _check(grad_qkv, grad_qkv, cos, sin)
@@ -263,6 +269,7 @@ def rope_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, s
         )  # fmt: skip
 
 
+@on_its_gpu
 def swiglu_forward(gate_up: Tensor, product: Tensor) -> None:
     """[rows, 2f] -> [rows, f]."""
     _check(gate_up, gate_up, product)
@@ -272,6 +279,7 @@ def swiglu_forward(gate_up: Tensor, product: Tensor) -> None:
         swiglu_row[(rows, -(-f // block))](gate_up, product, f, BLOCK=block, num_warps=_warps(block))
 
 
+@on_its_gpu
 def swiglu_backward(grad: Tensor, gate_up: Tensor, grad_gate_up: Tensor) -> None:
     """[rows, f], [rows, 2f] -> [rows, 2f]."""
     _check(gate_up, grad, gate_up, grad_gate_up)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.kernels.arguments import Columns
+from megatron_hammer.kernels.native.triton_rows import on_its_gpu
 
 try:
     import triton
@@ -135,6 +136,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@on_its_gpu
 def _launch(logits: Tensor, labels: Tensor, columns: Columns, *given: Any, total: bool, gradient: bool) -> None:
     statistics, lse, loss, weights, z_loss = given
     assert logits.stride(1) == 1 and labels.is_contiguous(), "rows must lie in memory as they are read"

@@ -11,11 +11,17 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from megatron_hammer.kernels.backend import Requirements
+
+Result = TypeVar("Result")
 
 
 def unavailable(device: torch.device) -> str:
@@ -36,3 +42,14 @@ def _missing() -> str:
 def unsupported(required: Requirements) -> str:
     """Limit of its rows for layers: ``kernels.compile=layers`` would have to look into their launches."""
     return "is not for kernels.compile=layers" if required.compile == "layers" else ""
+
+
+def on_its_gpu(launch: Callable[..., Result]) -> Callable[..., Result]:
+    """``launch`` on the GPU of its first argument: Triton takes the current one, wherever the tensors lie."""
+
+    @wraps(launch)
+    def there(first: Tensor, *rest: Any, **named: Any) -> Result:
+        with torch.cuda.device_of(first):
+            return launch(first, *rest, **named)
+
+    return there

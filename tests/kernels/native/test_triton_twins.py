@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,28 @@ print(count, "kernels")
 def test_the_twins_compile_for_gpus(tmp_path: Path) -> None:
     """At the sizes of training: 16 bytes an access wherever addresses allow it, and no spills."""
     assert child(COMPILED, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0").strip() == "24 kernels"
+
+
+@needs_triton
+def test_kernels_run_on_the_gpu_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current GPU: for tensors on another one that one becomes current, for this call."""
+    from megatron_hammer.kernels.arguments import Columns
+    from megatron_hammer.kernels.native import linear_cross_entropy_triton as loss
+
+    of: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: (of.append(tensor), nullcontext())[1])
+    none, row, two = torch.empty(0), torch.empty(0, 4), torch.empty(0, 8)
+    heads = torch.empty(0, 1, 3, 4)
+    adamw_triton.adamw(none, none, none, none, None, 0.1, 0.9, 0.95, 1e-8, 0.1, none, none, none)
+    adamw_triton.add_square_sum(none, torch.empty(()))
+    layers_triton.add_rms_norm_forward(row, None, torch.ones(4), 1e-5, row, None, none)
+    layers_triton.add_rms_norm_backward(row, None, row, torch.ones(4), none, row, torch.ones(4))
+    layers_triton.rope_forward(heads, none, none, 1)
+    layers_triton.rope_backward(heads[:, :, :1], heads[:, :, :1], heads[:, :, :1], none, none, heads)
+    layers_triton.swiglu_forward(two, row)
+    layers_triton.swiglu_backward(row, two, two)
+    loss.row_statistics(row, torch.empty(0, dtype=torch.int64), Columns.of(0, 4, 4))
+    assert len(of) == 9 and of[0] is none and of[2] is row
 
 
 def test_the_twins_are_taken_where_nvcc_did_not_build_ours(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
