@@ -4,9 +4,9 @@
 // process was told otherwise, and the operands of a product lie in hundreds of them: 3 % of a quick step in fp32 (Xeon
 // with AVX-512, in a virtual machine). Asked for a block that begins at a multiple of 64 bytes glibc takes a hole that
 // is larger by these, so the hole that a tensor leaves is a little too small for the next one of its size, and the heap
-// grows: by 140 MB beside the 250 that a micro-batch keeps, at h 512, f 1408, 8 layers and 2,048 tokens in bf16 (2.36).
-// And what is freed goes back to the system, in part or, above 32 MiB, always: the next micro-batch pays for every page
-// anew, 14 % of a step at that size in fp32.
+// grows: by 140 MB beside the 250 that a micro-batch keeps, at h 512, f 1408, 8 layers and 2,048 tokens in bf16
+// (glibc 2.36). And what is freed goes back to the system, in part or, above 32 MiB, always: the next micro-batch pays
+// for every page anew, 14 % of a step at that size in fp32.
 #pragma once
 
 #include <sys/mman.h>
@@ -100,6 +100,7 @@ class Arena {
     size_t length = missing;
     if (begin == 0 || begin + missing != lowest_) {
       if (begin != 0) munmap(reinterpret_cast<void*>(begin), missing);
+      empty_holes();
       length = rounded(size, kHugePage);
       const uintptr_t somewhere = map(0, length + kHugePage);
       if (somewhere == 0) throw std::bad_alloc();
@@ -112,6 +113,15 @@ class Arena {
 #endif
     lowest_ = begin;
     join(begin, length);
+  }
+
+  // Gives the system back what lies in holes, which stay: where a new range has to be elsewhere, results have grown,
+  // and the holes of smaller ones may not be needed again.
+  void empty_holes() {
+    for (const auto& [begin, length] : holes_) {
+      const uintptr_t first = rounded(begin, kHugePage), last = (begin + length) / kHugePage * kHugePage;
+      if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+    }
   }
 
   // Where the system mapped so many bytes, near `hint` if it can; 0: nowhere.

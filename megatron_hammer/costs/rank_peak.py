@@ -17,9 +17,10 @@ Of a rank of a pipeline these are asked at each action of a step (``Pipeline.ins
 of its stages that are in flight then, the messages received ahead, and those sent whose arrival nobody has waited for.
 
 On a CPU pages that a rank once had stay with it: those of buckets go from one to the next (``base/pages.py``), those of
-activations stay in malloc's heap. So there the most that was ever gathered counts beside the most that was ever kept,
-whichever moments they are of, and memory for what other ranks send of a bucket's sum. Without instructions for bf16 an
-operand of a product is there in fp32, too, and a block of the other one (``kernels/wide_products.py``).
+activations stay in the arena of large results (``csrc/cpu/arena.hpp``). So there the most that was ever gathered counts
+beside the most that was ever kept, whichever moments they are of, and memory for what other ranks send of a bucket's
+sum. Without instructions for bf16 an operand of a product is there in fp32, too, and a block of the other one
+(``kernels/wide_products.py``).
 
 What libraries take for themselves, and holes between allocations, are not in it. ``verify/one_rank.py`` counts the same
 in the program, without what is a CPU's alone; ``tests/costs/test_rank_peak.py`` holds the two together.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_hammer.base.system import resident_bytes
 from megatron_hammer.kernels.native import cpu
 from megatron_hammer.kernels.native.cpu import LARGE_BYTES, empty
 
@@ -74,3 +75,14 @@ def test_a_second_micro_batch_takes_the_holes_of_the_first() -> None:
 def test_too_much_is_refused() -> None:
     with pytest.raises(MemoryError):
         empty((2**62,), torch.empty(0, dtype=torch.uint8))
+
+
+@ours
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+def test_holes_that_are_too_small_are_not_kept_in_memory() -> None:
+    """Results that grow, where other memory lies in the way of each: one is alive at a time."""
+    between, before = [], resident_bytes()
+    for megabytes in range(200, 210):  # more than the holes of other tests
+        empty((megabytes * 2**20,), torch.empty(0, dtype=torch.uint8))[: 8 * 2**20].fill_(1)
+        between.append(mmap.mmap(-1, 256 * 2**20))  # untouched
+    assert resident_bytes() - before < 30 * 2**20
