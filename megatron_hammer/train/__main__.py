@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import traceback
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -99,10 +100,15 @@ def _place_of_torchrun(environment: Mapping[str, str]) -> tuple[int, int, int]:
 
 
 def _has_a_gpu_of_its_own(environment: Mapping[str, str]) -> bool:
-    """Whether Slurm has bound this task to one GPU, such as by --gpus-per-task=1: it sees no other, and calls it 0."""
+    """Whether Slurm has bound this task to one GPU, as by --gpus-per-task=1: it sees no other, and calls it 0.
+
+    One GPU alone says nothing: without a binding all tasks of a node may see the same one.
+    """
     is_task = environment.get("SLURM_LOCALID", "") == environment.get("LOCAL_RANK", "0")
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-    return is_task and visible != "" and "," not in visible
+    binding = re.split("[:,]", environment.get("SLURM_GPU_BIND", "").removeprefix("verbose,"))[0]
+    is_bound = "SLURM_GPUS_PER_TASK" in environment or binding in ("single", "per_task", "map_gpu", "mask_gpu")
+    return is_task and is_bound and visible != "" and "," not in visible
 
 
 def _main() -> None:

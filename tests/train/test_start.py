@@ -265,13 +265,18 @@ def test_variables_of_torchrun_that_something_else_has_left(environment: dict[st
 
 
 @pytest.mark.parametrize(
-    ("task", "visible", "gpu"),
-    [("5", "5", 0), ("5", "0", 0), ("5", "GPU-6f1e", 0), ("5", "0,1,2,3,4,5,6,7", 5), ("5", "", 5), ("0", "0", 5)],
+    ("task", "visible", "bound", "gpu"),
+    [("5", "5", {"SLURM_GPUS_PER_TASK": "1"}, 0), ("5", "0", {"SLURM_GPU_BIND": "single:1"}, 0),
+     ("5", "GPU-6f1e", {"SLURM_GPU_BIND": "verbose,per_task:1"}, 0), ("5", "0", {}, 5),
+     ("5", "0", {"SLURM_GPU_BIND": "none"}, 5), ("5", "", {"SLURM_GPUS_PER_TASK": "1"}, 5),
+     ("5", "0,1,2,3,4,5,6,7", {"SLURM_GPUS_PER_TASK": "8"}, 5), ("0", "0", {"SLURM_GPUS_PER_TASK": "1"}, 5)],
 )  # fmt: skip
-def test_a_task_of_slurm_with_a_gpu_of_its_own(task: str, visible: str, gpu: int) -> None:
-    """Under --gpus-per-task=1 task 5 sees one GPU, its number 0; not so ranks that torchrun starts in task 0."""
+def test_a_task_of_slurm_with_a_gpu_of_its_own(task: str, visible: str, bound: dict[str, str], gpu: int) -> None:
+    """Under --gpus-per-task=1 task 5 sees one GPU, its number 0. Not so ranks that torchrun starts in task 0, nor where
+    all tasks of a node see the same one: rank 5 has no GPU of its own there, and is refused."""
     there = {"RANK": "13", "LOCAL_RANK": "5", "WORLD_SIZE": "16", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
-    assert _place_of_torchrun(there | {"SLURM_LOCALID": task, "CUDA_VISIBLE_DEVICES": visible}) == (13, gpu, 16)
+    there |= {"SLURM_LOCALID": task, "CUDA_VISIBLE_DEVICES": visible, **bound}
+    assert _place_of_torchrun(there) == (13, gpu, 16)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "loop/run"])
