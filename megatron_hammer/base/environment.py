@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -10,6 +12,19 @@ from pathlib import Path
 def keep_kernels_on_this_machine() -> None:
     """Have Triton keep what it has compiled on a disk of this machine, before it is first used.
 
-    Its default is the home folder, which the ranks of all nodes may share.
+    Its default is the home folder, which the ranks of all nodes may share. Where somebody else has, or can write to, a
+    folder of the name, whose code Triton would run, it stays the default.
     """
-    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"triton-{os.getuid()}"))
+    folder = Path(tempfile.gettempdir()) / f"triton-{os.getuid()}"
+    if "TRITON_CACHE_DIR" not in os.environ and _is_ours(folder):
+        os.environ["TRITON_CACHE_DIR"] = str(folder)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it is a folder that nobody else writes to; it is made where nothing has the name."""
+    with contextlib.suppress(OSError):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+        return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    return False

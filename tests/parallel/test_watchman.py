@@ -85,20 +85,36 @@ def test_a_board_that_cannot_be_opened_is_an_error_of_the_system(tmp_path: Path)
         share_board(store, 0, 1, 2)
 
 
-def test_compiled_kernels_stay_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under torchrun and srun as under our launcher: Triton's own place is the home folder, which nodes share."""
+def test_compiled_kernels_stay_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Under torchrun and srun as under our launcher: Triton's own place is the home folder, which nodes share.
+
+    But not in a folder that others can write to, as somebody may have made it before: Triton runs what lies there.
+    """
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = tmp_path / f"triton-{os.getuid()}"
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setattr(torchrun, "torchrun_store", lambda rank, world_size: Folder(Path("/")))
     monkeypatch.setattr(torchrun, "share_board", unshared)
-    for here, kept in ((None, f"{tempfile.gettempdir()}/triton-{os.getuid()}"), ("/fast", "/fast")):
+    for mode, here, kept in ((None, None, str(folder)), (None, "/fast", "/fast"), (0o755, None, str(folder)),
+                             (0o777, None, None), (None, None, str(folder))):  # fmt: skip
+        if mode is None and folder.exists():
+            folder.rmdir()
+        if mode is not None:
+            folder.mkdir(exist_ok=True)
+            folder.chmod(mode)
         monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
         if here:
             monkeypatch.setenv("TRITON_CACHE_DIR", here)
         torchrun.Surroundings(0, 1, 60)
-        assert os.environ["TRITON_CACHE_DIR"] == kept
+        assert os.environ.get("TRITON_CACHE_DIR") == kept
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    torchrun.Surroundings(0, 1, 60)
+    assert "TRITON_CACHE_DIR" not in os.environ
 
 
 def unshared(*_: object) -> Board:
