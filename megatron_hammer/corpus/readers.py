@@ -390,6 +390,8 @@ class _Cutter:
                 break
             buffer = bytearray()
             at_end = self._extend(buffer)
+        if self._damage is not None:  # all that follows it is lost, too
+            trouble = jsonl.damaged(self.path, start.line, start.offset, self._damage), start
         self.finished = not self.lenient or self._damage is not None or (at_end and not self._rest)
         self._place, self._trouble = Position(start.offset + size, start.line + 1), trouble
         block = self._block(b"")

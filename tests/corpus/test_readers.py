@@ -141,6 +141,20 @@ def test_lines_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert blocks[-1].last and blocks[-1].file_hash == xxhash.xxh3_128_hexdigest(path.read_bytes())
 
 
+def test_a_cut_within_a_line_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It hides all that followed, so it is what is told, and not the long line that it was found in."""
+    monkeypatch.setattr(file_blocks, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 200)
+    long = b'{"text": "' + random.Random(0).randbytes(4000).hex().encode() + b'"}'
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b"\n".join([*GOOD, long, *GOOD]))[:-1500])
+    blocks = blocks_of(path, lenient=True)
+    (rejected,) = rejected_of(path, blocks)
+    taken = [t for b in blocks for t in parse.parse_block(b, path, ["text"], False).texts[0]]
+    assert rejected.code == "E309" and rejected.place == (sum(len(g) + 1 for g in GOOD), len(GOOD) + 1)
+    assert taken == [json.loads(line)["text"] for line in GOOD] and blocks[-1].last
+
+
 # ---- plain text ----
 
 TEXT = "first line\nsecond  \r\n\n\nthird 字\n \nfourth\n\r\nlast".encode()
