@@ -168,9 +168,9 @@ class Pipeline:
 
 
 def posted_ahead(receives: Sequence[Action], taken: int) -> int:
-    """How many of a rank's receives are posted when the first ``taken`` have been taken: the next of each link.
+    """How many of a rank's receives are posted when the first ``taken`` have been taken: the next two, if on two links.
 
-    In steady state that is one of each direction. A second one behind it on the same link could not begin before it,
+    In steady state these are one of each direction. A second one behind it on the same link could not begin before it,
     and might stand in the way: where the streams of a rank share a queue of its GPU (CUDA_DEVICE_MAX_CONNECTIONS=1, or
     more streams than queues) it holds all that comes after it, also what the other rank waits for.
     """

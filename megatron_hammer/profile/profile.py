@@ -128,7 +128,8 @@ def run_rank(
     report = _profile(config, options, ctx, ranges, say if rank == 0 else lambda text: None)
     if rank == 0:
         print(profile_table(report), flush=True)
-    end_process_group()
+    with status.waits("the end of all ranks"):
+        end_process_group()
     return 0
 
 

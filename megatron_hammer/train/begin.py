@@ -125,7 +125,8 @@ class Beginning:
                 start = start if rank == 0 else open_start(names, self._inputs.config, rank)
                 prepared = settle(self._inputs, start, self._accepted)
                 self._look_here(prepared)
-                mine.facts = facts_of_machine(prepared.config, self.device)
+                if not prepared.is_finished:
+                    mine.facts = facts_of_machine(prepared.config, self.device)
                 if rank == 0 and not prepared.is_finished:
                     if self.output is None and self._read_only is None:
                         self._take_output(is_new=True)

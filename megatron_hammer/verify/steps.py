@@ -258,7 +258,8 @@ def run_rank(
         # Masters are fp32 in checkpoints, so the fp64 steps have none.
         checkpoint = None if dtype == torch.float64 else folder / "checkpoints"
         write_outcome(folder / f"{name}-{rank}", take_steps(config, ctx, dtype, checkpoint))
-    end_process_group()
+    with status.waits("the end of all ranks"):
+        end_process_group()
     return 0
 
 

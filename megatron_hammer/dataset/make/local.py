@@ -60,7 +60,8 @@ def build_datasets(
     if output.parts_path.exists() and not restart:
         raise other_command(output.parts_path, "engine ray, now local")
     with output:
-        shutil.rmtree(output.parts_path, ignore_errors=True)  # only now: the lock is ours
+        if restart:
+            shutil.rmtree(output.parts_path, ignore_errors=True)  # only now: the lock is ours
         total = sum(identity["bytes"] for identity in job.identities)
         with (
             Progress(" ".join(job.keys), total, done=output.journal.raw_bytes, note=output.describe_rates) as progress,
