@@ -157,6 +157,7 @@ class Prover(AbstractContextManager["Prover"]):
 
     def look(self) -> None:
         """Raise where the process has refused the tokenizer, or is dead; waits for nothing."""
+        assert self._process.stdout is not None
         if self._token_ids is None and select.select([self._process.stdout], [], [], 0)[0]:
             self.token_ids()
 
