@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict, deque
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.parallel.pipeline import Action, Costs, Pipeline, largest_instants, posted_ahead, split_layers
+from megatron_hammer.train import pipeline as train_pipeline
 
+KINDS = ("forward", "backward")
 SHAPES = [
     (p, v, m)
     for p in (1, 2, 3, 4, 5, 8)
@@ -106,6 +109,49 @@ def test_every_order_ends_and_takes_as_long_as_the_formula_says() -> None:
         _run([Pipeline(rank, p, v).evaluation(m) for rank in range(p)], v, {"forward": 1.0})
 
 
+class _Message:
+    """A tensor on its way, and what waits for it: notes in the queue of a rank's GPU what happens to it."""
+
+    def __init__(self, queue: list[tuple[str, Action]], waits: str, action: Action) -> None:
+        self.queue, self.waits, self.action = queue, waits, action
+
+    def contiguous(self) -> _Message:
+        return self
+
+    def wait(self) -> None:
+        self.queue.append((self.waits, self.action))
+
+
+def _queue_of(rank: int, p: int, v: int, order: list[Action]) -> list[tuple[str, Action]]:
+    """What a rank gives its GPU besides products, in order: by ``Messages``, over links that only note it."""
+    pipe, queue = Pipeline(rank, p, v), list[tuple[str, Action]]()
+    expected = iter(pipe.receives(order))
+
+    def receive(buffer: object, link: str) -> _Message:
+        action = next(expected)
+        assert link == f"{action.kind}_in"
+        queue.append(("post", action))
+        return _Message(queue, "need", action)
+
+    def send(tensor: _Message, link: str) -> _Message:
+        assert link == f"{tensor.action.kind}_out"
+        queue.append(("send", tensor.action))
+        return tensor
+
+    stage = SimpleNamespace(empty_hidden=lambda tokens, packed: None)
+    batches = [SimpleNamespace(tokens=None, documents=None)] * (1 + max(action.micro_batch for action in order))
+    links = SimpleNamespace(**{f"{kind}_{way}": f"{kind}_{way}" for kind in KINDS for way in ("in", "out")})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_pipeline, "start_receive", receive)
+        patch.setattr(train_pipeline, "start_send", send)
+        messages = train_pipeline.Messages(pipe, order, [stage], batches, links)  # type: ignore[arg-type, list-item]
+        for action, _ in messages.in_turn():
+            if action.sends(p * v):
+                messages.send(action, _Message(queue, "left", _reader(action)))  # type: ignore[arg-type]
+        messages.finish()
+    return queue
+
+
 def _ends_with_one_queue(orders: list[list[Action]], v: int) -> bool:
     """Whether all ranks come to their end where each has one queue for all that it gives its GPU, taken in order.
 
@@ -113,21 +159,7 @@ def _ends_with_one_queue(orders: list[list[Action]], v: int) -> bool:
     does, until that has arrived, and so does what needs a message, or that one has left.
     """
     p = len(orders)
-    queues: list[list[tuple[str, Action]]] = []
-    for rank, order in enumerate(orders):
-        receives, taken, queue = [a for a in order if a.receives(p * v)], 0, list[tuple[str, Action]]()
-        sent, kept = deque[Action](), Pipeline(rank, p, v).sends_kept
-        queue += [("post", a) for a in receives[: posted_ahead(receives, 0)]]
-        for action in order:
-            if action.receives(p * v):
-                there, taken = taken + posted_ahead(receives, taken), taken + 1
-                queue += [("post", a) for a in receives[there : taken + posted_ahead(receives, taken)]]
-                queue.append(("need", action))
-            if action.sends(p * v):
-                queue += [("left", sent.popleft())] if len(sent) >= kept else []
-                queue.append(("send", _reader(action)))
-                sent.append(_reader(action))
-        queues.append(queue + [("left", message) for message in sent])
+    queues = [_queue_of(rank, p, v, order) for rank, order in enumerate(orders)]
     done: dict[str, set[Action]] = {"post": set(), "send": set(), "need": set(), "left": set()}
     before: dict[tuple[int, str, str], Action] = {}  # of a rank's link, the message before
     at, moved = [0] * p, True
