@@ -8,15 +8,17 @@ import stat
 import tempfile
 from pathlib import Path
 
+GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of the drivers of NVIDIA, of AMD, and of Windows beneath Linux
+
 
 def keep_kernels_on_this_machine() -> None:
-    """Have Triton keep what it has compiled on a disk of this machine, before it is first used.
+    """Have Triton keep what it has compiled on a disk of this machine, before it is first used; only where a GPU is.
 
     Its default is the home folder, which the ranks of all nodes may share. Where somebody else has, or can write to, a
     folder of the name, whose code Triton would run, it stays the default.
     """
     folder = Path(tempfile.gettempdir()) / f"triton-{os.getuid()}"
-    if "TRITON_CACHE_DIR" not in os.environ and _is_ours(folder):
+    if "TRITON_CACHE_DIR" not in os.environ and any(map(os.path.exists, GPU_FILES)) and _is_ours(folder):
         os.environ["TRITON_CACHE_DIR"] = str(folder)
 
 

@@ -31,6 +31,9 @@ class ProverHere(nullcontext["ProverHere"]):
         manifest = read_manifest(checkpoint)
         self._tokenizer = write_tokenizer(manifest, saved_model(manifest), folder, form)
 
+    def look(self) -> None:
+        """Nothing runs beside."""
+
     def token_ids(self) -> dict[str, Any]:
         """Of the tokenizer."""
         return self._tokenizer.token_ids

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hammer.base import environment
 from megatron_hammer.parallel import torchrun
 from megatron_hammer.parallel.board import Board
 from megatron_hammer.parallel.watchman import Watchman, share_board
@@ -98,6 +99,12 @@ def test_compiled_kernels_stay_on_this_machine(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setattr(torchrun, "torchrun_store", lambda rank, world_size: Folder(Path("/")))
     monkeypatch.setattr(torchrun, "share_board", unshared)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # is put back at the end, whatever is set meanwhile
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setattr(environment, "GPU_FILES", ("/dev/no-gpu",))
+    torchrun.Surroundings(0, 1, 60)
+    assert "TRITON_CACHE_DIR" not in os.environ and not folder.exists()
+    monkeypatch.setattr(environment, "GPU_FILES", ("/dev/no-gpu", "/dev/null"))
     for mode, here, kept in ((None, None, str(folder)), (None, "/fast", "/fast"), (0o755, None, str(folder)),
                              (0o777, None, None), (None, None, str(folder))):  # fmt: skip
         if mode is None and folder.exists():
