@@ -9,7 +9,7 @@ says what is wrong with it. A document of many megabytes is taken in pieces (``l
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,8 +186,18 @@ def _parse_line_by_line(
     block: Block, path: Path, keys: Sequence[str], strict: bool, lines: Sequence[bytes | bytearray]
 ) -> Parsed:
     """The same result as ``_parse_lines``, for a block with a bad line: each line is parsed by itself."""
+    judged = judge_lines(block, path, keys, lines)
+    return _gathered(((place, line, found) for place, line, _, found in judged), keys, strict)
+
+
+def _gathered(
+    judged: Iterable[tuple[Position, bytes | bytearray | None, Sequence[str] | DataError]],
+    keys: Sequence[str],
+    strict: bool,
+) -> Parsed:
+    """Documents that were judged one by one: (place, its bytes if it has a line, its texts or what is wrong)."""
     parsed = Parsed([[] for _ in keys])
-    for place, line, _, found in judge_lines(block, path, keys, lines):
+    for place, line, found in judged:
         if not isinstance(found, DataError):
             for column, text in zip(parsed.texts, found):
                 column.append(text)
@@ -282,16 +292,10 @@ def _parse_rows(block: Block, path: Path, keys: Sequence[str], strict: bool) -> 
         columns = []
     if columns and not any(None in column for column in columns):
         return Parsed(columns)
-    parsed = Parsed([[] for _ in keys])
-    for place, fields, error in judge_rows(block, path, keys, keys):
-        if error is None:
-            for column, key in zip(parsed.texts, keys):
-                column.append(fields[key])
-        elif strict:
-            raise error
-        else:
-            parsed.rejected.append(note_of(error, place, None))
-    return parsed
+    judged = judge_rows(block, path, keys, keys)
+    return _gathered(
+        ((place, None, error or [fields[k] for k in keys]) for place, fields, error in judged), keys, strict
+    )
 
 
 def judge_rows(
