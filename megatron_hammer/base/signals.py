@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -28,6 +29,16 @@ def on_signals(signals: Sequence[int], handler: Handler) -> dict[int, Any]:
     """
     wanted = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in wanted}
+
+
+@contextmanager
+def blocked(signals: Collection[int]) -> Iterator[None]:
+    """Block signals in this thread; a process that is started meanwhile never gets them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def restore(handlers: dict[int, Any]) -> None:

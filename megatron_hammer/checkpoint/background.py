@@ -40,7 +40,7 @@ from megatron_hammer.base.files import staging_path
 from megatron_hammer.base.processes import KILL_SECONDS, outlives_a_kill
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.reading import read_regular
-from megatron_hammer.base.signals import STOP_SIGNALS
+from megatron_hammer.base.signals import STOP_SIGNALS, blocked
 from megatron_hammer.checkpoint.folder import Note, step_name
 from megatron_hammer.checkpoint.kinds import style_of
 from megatron_hammer.checkpoint.manifest import canonical_json
@@ -67,13 +67,10 @@ class WriterProcess:
     def __init__(self, snapshot: Snapshot, rank: int, plan: Mapping[str, Any]) -> None:
         command = [sys.executable, "-m", "megatron_hammer.checkpoint.writer_process"]
         command += [str(n) for n in (snapshot.descriptor, snapshot.size, rank, os.getpid())]
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited: a stop is the rank's affair
-        try:
+        with blocked(STOP_SIGNALS):  # a stop is the rank's affair
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(snapshot.descriptor,)
             )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         assert self._process.stdout is not None
         self._answers = self._process.stdout.fileno()
         os.set_blocking(self._answers, False)

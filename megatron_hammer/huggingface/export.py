@@ -30,6 +30,7 @@ from megatron_hammer.base.errors import ConfigError, RefusedError, from_fields
 from megatron_hammer.base.files import dump_json, staged_folder, write_durably
 from megatron_hammer.base.paths import RENAME_REMEDY, is_unicode
 from megatron_hammer.base.progress import say
+from megatron_hammer.base.signals import blocked
 from megatron_hammer.checkpoint.folder import Note, open_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest, saved_model
 from megatron_hammer.config import ModelConfig
@@ -147,13 +148,10 @@ class Prover(AbstractContextManager["Prover"]):
         }
         self._folder = folder
         self._token_ids: dict[str, Any] | None = None
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited: Ctrl-C is the export's affair
-        try:
+        with blocked([signal.SIGINT]):  # Ctrl-C is the export's affair
             self._process = subprocess.Popen(
                 [*command, dtype, form], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def look(self) -> None:
         """Raise where the process has refused the tokenizer, or is dead; waits for nothing."""
