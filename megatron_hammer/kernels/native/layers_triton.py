@@ -14,12 +14,10 @@ checks of the CUDA kernels and by compiling for sm_80 and sm_90; **not yet run o
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from megatron_hammer.kernels.native.triton_rows import on_its_gpu
+from megatron_hammer.kernels.native.triton_rows import multiprocessors, on_its_gpu
 
 try:
     import triton
@@ -193,11 +191,6 @@ def _warps(block: int) -> int:
     return max(1, min(16, block // 256))
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def _check(like: Tensor, *tensors: Tensor | None) -> None:
     for x in tensors:
         assert x is None or (x.is_contiguous() and x.dtype == like.dtype), f"expected contiguous {like.dtype}: {x}"
@@ -227,7 +220,7 @@ def add_rms_norm_backward(
     """grad_x [rows, h] and grad_weight [h] from the gradients of both results; grad_summed may be absent."""
     _check(summed, grad_normed, grad_summed, summed, weight, grad_x, grad_weight)
     rows, h = summed.shape
-    programs = min(rows, PROGRAMS * _multiprocessors(summed.device))
+    programs = min(rows, PROGRAMS * multiprocessors(summed.device))
     if not rows:
         grad_weight.zero_()
         return

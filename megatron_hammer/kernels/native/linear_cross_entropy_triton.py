@@ -16,14 +16,13 @@ where loads and stores are of 16 bytes and nothing spills; its speed on a GPU is
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_hammer.kernels.arguments import Columns
-from megatron_hammer.kernels.native.triton_rows import on_its_gpu
+from megatron_hammer.kernels.native.triton_rows import multiprocessors, on_its_gpu
 
 try:
     import triton
@@ -131,11 +130,6 @@ if triton is not None:
                 tl.store(line + label, exact.to(logits.dtype.element_ty), mask=here)
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 @on_its_gpu
 def _launch(logits: Tensor, labels: Tensor, columns: Columns, *given: Any, total: bool, gradient: bool) -> None:
     statistics, lse, loss, weights, z_loss = given
@@ -143,7 +137,7 @@ def _launch(logits: Tensor, labels: Tensor, columns: Columns, *given: Any, total
     rows, width = logits.shape
     if not rows:
         return
-    softmax_rows[(min(rows, _multiprocessors(logits.device)),)](
+    softmax_rows[(min(rows, multiprocessors(logits.device)),)](
         logits,
         labels,
         statistics,

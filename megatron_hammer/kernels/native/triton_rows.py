@@ -12,7 +12,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +42,12 @@ def _missing() -> str:
 def unsupported(required: Requirements) -> str:
     """Limit of its rows for layers: ``kernels.compile=layers`` would have to look into their launches."""
     return "is not for kernels.compile=layers" if required.compile == "layers" else ""
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 of a CPU, where Triton's interpreter computes."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def on_its_gpu(launch: Callable[..., Result]) -> Callable[..., Result]:
