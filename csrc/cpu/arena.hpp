@@ -1,7 +1,7 @@
 // Memory of large results, which come and go with every micro-batch: blocks in huge pages, which the process keeps.
 //
 // malloc's are not used, as torch uses them, for three reasons. Its pages are of 4 KiB unless the whole system or the
-// process was told otherwise, and the operands of a product lie in hundreds of them: 3 % of a quick step in fp32 (Xeon
+// process was told otherwise, and the operands of a product lie in hundreds of them: 2 % of a quick step in fp32 (Xeon
 // with AVX-512, in a virtual machine). Asked for a block that begins at a multiple of 64 bytes glibc takes a hole that
 // is larger by these, so the hole that a tensor leaves is a little too small for the next one of its size, and the heap
 // grows: by 140 MB beside the 250 that a micro-batch keeps, at h 512, f 1408, 8 layers and 2,048 tokens in bf16

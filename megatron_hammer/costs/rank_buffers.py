@@ -26,7 +26,8 @@ from megatron_hammer.costs.rank_costs import element_bytes, is_tied, layouts_of,
 from megatron_hammer.optim.layout import BufferLayout
 from megatron_hammer.parallel.placement import Placement
 
-INSTANTS = ("begin", "forward", "head", "down", "between", "gate_up", "earlier", "end")
+MOMENTS = ("begin", "forward", "head", "down", "between", "gate_up", "earlier", "end")
+"""Within an action of a rank's order, whose end or beginning ``parallel.pipeline.Instant`` describes."""
 
 
 class StageBuffers:
@@ -59,7 +60,7 @@ class StageBuffers:
             begun, held: of each stage, as in ``parallel.pipeline.Instant``.
         """
         if self.whole:
-            return dict.fromkeys(INSTANTS, 0)
+            return dict.fromkeys(MOMENTS, 0)
         others = sum(
             begun[n] * self.waiting[n] + held[n] * self.between[n] for n in range(len(self.stages)) if n != own
         )
@@ -126,7 +127,7 @@ def _weights(config: Config, layout: BufferLayout, at: Placement, held: bool) ->
     stay = kept or (sum(layers[-1:]) + parts["final_norm"] if at.has_head else 0)  # from forward to their backward
     found = {"forward": max(kept, sum(layers[-1:])) + following, "head": stay + head, "end": sum(layers[:1])}
     found["begin"] = max(held * kept, sum(layers[:1])) + parts["embedding"]
-    return Counter({name: size * found.get(name, here) for name in INSTANTS})
+    return Counter({name: size * found.get(name, here) for name in MOMENTS})
 
 
 def _bucket(layout: BufferLayout, name: str) -> int:

@@ -156,7 +156,7 @@ def _head(config: Config, at: Placement, device: str) -> int:
 def _backward(
     config: Config, at: Placement, backends: Mapping[str, Backend], cp_rank: int
 ) -> Iterator[tuple[str, int, int]]:
-    """Instants in the backward of layers: (name in ``rank_buffers.py``, bytes that are kept no more, bytes beside)."""
+    """Moments in the backward of layers: (name in ``rank_buffers.py``, bytes that are kept no more, bytes beside)."""
     train, size, rows = config.train, element_bytes(config), _rows(config, at)
     t, by_rows = config.tokens_per_rank, at.sequence_shards > 1
     product, whole = size * t * at.ffn_local, size * t * config.model.hidden_size

@@ -171,10 +171,8 @@ def left_out(start: int, end: int, total: int, data: TrainData) -> tuple[Range, 
     number, ahead = start, max(end, *(until for _, until in later), 0)
     while unwanted and number < min(total, ahead + LOOKED_FOR * len(unwanted)):
         now = data.with_skips(Skips(tuple(sorted((*order.skips.ranges, *found))))).order
-        phase_end, count = (
-            now.whole.span_at(now.skips.place(number)).end,
-            min(max(end - start, LOOKED_AT_ONCE), total - number),
-        )
+        phase_end = now.whole.span_at(now.skips.place(number)).end
+        count = min(max(end - start, LOOKED_AT_ONCE), total - number)
         places = [at + i for at, taken in now.skips.pieces(number, count) for i in range(taken)]
         places = [place for place in places if phase_end is None or place < phase_end]
         names = now.ids(number, len(places))
