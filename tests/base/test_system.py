@@ -25,7 +25,7 @@ from megatron_hammer.base import system
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import load_config
 from megatron_hammer.train.prepare import check_system
-from tests.faults.kills import ended, forked
+from tests.faults.kills import ended, forked, needs_to_train_in_a_child
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_hammer"
@@ -166,6 +166,7 @@ def from_text_to_export(folder: Path) -> int:
 
 
 def test_from_text_to_export_without_what_macos_lacks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    needs_to_train_in_a_child()
     import torch  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 

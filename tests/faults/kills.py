@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_hammer import launch
@@ -35,6 +37,18 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.
 """Audit events of what changes a folder; files that are opened to be written, and fsyncs, count beside them."""
 KILLED = -signal.SIGKILL
 RUN_SECONDS = 120.0
+CAN_TRAIN_IN_A_CHILD = not torch.cuda.is_available()
+"""With a GPU autograd has threads from the first gradient on, and refuses to compute any in a child."""
+if CAN_TRAIN_IN_A_CHILD:
+    # torch counts GPUs once, at a process's first gradient, and takes those of tensors without content (FakeTensorMode,
+    # with which torch.compile traces) for real. Here, before a test could have made some.
+    torch.ones(1, requires_grad=True).sum().backward()
+
+
+def needs_to_train_in_a_child() -> None:
+    """Skip the test where that cannot be done."""
+    if not CAN_TRAIN_IN_A_CHILD:
+        pytest.skip("with a GPU a forked process cannot compute gradients: run it with CUDA_VISIBLE_DEVICES=''")
 
 
 def forked(work: Callable[[], int]) -> int:
@@ -137,6 +151,7 @@ class Job:
         deadly: tuple[int, int, str] | None = None,
         patch: Callable[[int], None] = lambda rank: None,
     ) -> None:
+        needs_to_train_in_a_child()
         self._folder, self._patch = folder, patch
         folder.mkdir()
         self._children: dict[int, int] = {}
@@ -234,6 +249,7 @@ def start_program(
     ranks: int | None, arguments: Sequence[str], said: Path, fault: str = "", patch: Callable[[], None] = lambda: None
 ) -> int:
     """Number of a child that is the program (``become_program``), when its signal handlers stand."""
+    needs_to_train_in_a_child()
     there, ready = os.pipe()
     child = os.fork()
     if child == 0:
