@@ -18,7 +18,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import xxhash
@@ -211,7 +211,7 @@ def read_range(
     text_documents: str = DEFAULT_TEXT_DOCUMENTS,
     resume: Position | None = None,
     lenient: bool = False,
-) -> Iterator[Block]:
+) -> Generator[Block, None, None]:
     """The range's documents in blocks, in order; at least one block. The last block of a file has ``Block.last`` set.
 
     Args:

@@ -12,11 +12,11 @@ with the corpus.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from queue import SimpleQueue
+from typing import TypeVar
 
 import numpy as np
 
@@ -31,7 +31,6 @@ R = TypeVar("R")
 
 
 _ROOM_BLOCKS = 2  # in flight for each worker, beside the one in work
-_GLANCE_SECONDS = 0.2  # how long the caller waits before it looks at `stop`
 
 
 @dataclass
@@ -41,7 +40,7 @@ class EncodedBlock:
     block: Block
     """Without its data."""
     documents: list[tuple[np.ndarray, np.ndarray]]
-    """For each key the ids, [sum of lengths] int32, and the lengths, [documents] int64."""
+    """For each key the ids, [sum of lengths] int32, and the lengths, [documents] int64; none of a long document."""
     rejected: list[RejectedDocument]
     long: list[str | LongText] | None = None
     """For each key the text of a long document, still to be encoded, piece by piece: it would not fit in memory."""
@@ -64,22 +63,15 @@ def encode_block(job: Job, block: Block, threads: int = 1) -> EncodedBlock:
     first, last = marks_of(job)
     parsed = parse_block(block, job.files[block.source], job.keys, job.on_error == "stop", in_pieces=True)
     block.data = None  # a long document needs the memory
-    if parsed.long is not None:
-        return EncodedBlock(block, [], parsed.rejected, parsed.long)
-    documents = []
-    for texts in parsed.texts:
-        nothing = np.empty(0, np.int32), np.empty(0, np.int64)
-        documents.append(job.tokenizer.encode_documents(texts, threads, first, last) if texts else nothing)
-        if texts is not parsed.texts[-1]:  # plain text: all keys have one list
-            texts.clear()
-    return EncodedBlock(block, documents, parsed.rejected)
+    documents = [job.tokenizer.encode_documents(texts, threads, first, last) for texts in parsed.texts]
+    return EncodedBlock(block, documents, parsed.rejected, parsed.long)
 
 
 # ---- several at a time ----
 
 
 def encode_blocks(
-    job: Job, blocks: Iterator[Block], workers: int, stop: threading.Event | None = None
+    job: Job, blocks: Generator[Block, None, None], workers: int, stop: threading.Event | None = None
 ) -> Generator[EncodedBlock, None, None]:
     """What each block becomes, in order; several are worked on at once."""
     # The C++ encoder runs in as many calls at once as we like, each with its own caches; other libraries spread one
@@ -95,7 +87,7 @@ def encode_blocks(
 
 
 def in_order(
-    items: Iterator[T],
+    items: Generator[T, None, None],
     work: Callable[[T], R],
     workers: int,
     size_of: Callable[[T], int],
@@ -109,12 +101,12 @@ def in_order(
         size_of: of an item, in the unit of ``room``.
         room: no item is drawn while items of this size in all are drawn and not done with. One that is larger is
             worked on alone.
-        stop: when it is set, no more results are given.
+        stop: when it is set, nothing more is drawn, and no more results are given.
 
     Closing the generator ends the threads; what a worker has begun it finishes first.
     """
-    futures: SimpleQueue[tuple[Future[R] | None, int]] = SimpleQueue()  # in order, each with its item's size; then None
-    changed = threading.Condition()
+    futures: SimpleQueue[tuple[Future[R], int] | None] = SimpleQueue()  # in order, with their items' sizes; then None
+    changed, stopped = threading.Condition(), stop or threading.Event()
     held, ended = 0, False  # guarded by `changed`
     pool = ThreadPoolExecutor(workers + 1)
 
@@ -124,30 +116,24 @@ def in_order(
             for item in items:
                 size = size_of(item)
                 futures.put((pool.submit(work, item), size))
-                del item
                 with changed:
                     held += size
                     while held >= room and not ended:
                         changed.wait()
-                    if ended:
-                        return
-            futures.put((None, 0))
-        except BaseException as error:
-            futures.put((_failed(error), 0))
+                if ended or stopped.is_set():
+                    return
+        finally:
+            futures.put(None)
 
-    pool.submit(draw)
+    drawing = pool.submit(draw)
     try:
-        while stop is None or not stop.is_set():
-            try:
-                future, size = futures.get(timeout=_GLANCE_SECONDS)
-            except Empty:
-                continue
-            if future is None:
+        while not stopped.is_set():
+            drawn = futures.get()
+            if drawn is None:
+                drawing.result()  # raises what `items` has raised
                 return
-            result = future.result()
-            del future  # it keeps the result, which may be large
-            yield result
-            del result
+            future, size = drawn
+            yield future.result()
             with changed:
                 held -= size
                 changed.notify()
@@ -156,11 +142,4 @@ def in_order(
             ended = True
             changed.notify()
         pool.shutdown(cancel_futures=True)
-        if isinstance(items, Generator):
-            items.close()
-
-
-def _failed(error: BaseException) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_exception(error)
-    return future
+        items.close()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def build_datasets(
     return output.summaries()
 
 
-def _remaining_blocks(job: Job, output: DatasetOutput) -> Iterator[Block]:
+def _remaining_blocks(job: Job, output: DatasetOutput) -> Generator[Block, None, None]:
     """The blocks that are still to do."""
     journal = output.journal
     first, place, expected = journal.source, Position(journal.offset, journal.line), journal.content_hash

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -29,14 +29,14 @@ def test_results_keep_the_order_of_the_items(workers: int, room: int) -> None:
         time.sleep(pauses[item])
         return item * item
 
-    assert list(in_order(iter(range(100)), work, workers, lambda item: 1, room)) == [k * k for k in range(100)]
-    assert list(in_order(iter(()), work, workers, lambda item: 1, room)) == []
+    assert list(in_order((k for k in range(100)), work, workers, lambda item: 1, room)) == [k * k for k in range(100)]
+    assert list(in_order((k for k in ()), work, workers, lambda item: 1, room)) == []
 
 
 def test_no_more_is_drawn_than_there_is_room_for() -> None:
     drawn, done, most = 0, 0, 0
 
-    def items() -> Iterator[int]:
+    def items() -> Generator[int, None, None]:
         nonlocal drawn, most
         for k in range(200):
             drawn += 1
@@ -52,7 +52,7 @@ def test_no_more_is_drawn_than_there_is_room_for() -> None:
 def test_an_error_comes_in_its_turn_and_ends_everything() -> None:
     closed = threading.Event()
 
-    def items() -> Iterator[int]:
+    def items() -> Generator[int, None, None]:
         try:
             yield from range(10)
             raise KeyError("while reading")
@@ -72,13 +72,13 @@ def test_an_error_comes_in_its_turn_and_ends_everything() -> None:
     for _ in range(20):
         found = []
         with pytest.raises(ValueError, match="item 4"):
-            for result in in_order(iter(range(10)), work, 3, lambda item: 1, 100):
+            for result in in_order((k for k in range(10)), work, 3, lambda item: 1, 100):
                 found.append(result)
         assert found == [0, 1, 2, 3]
 
 
 def test_it_ends_when_it_is_closed_or_told_to_stop() -> None:
-    def endless() -> Iterator[int]:
+    def endless() -> Generator[int, None, None]:
         while True:
             yield 1
 
@@ -93,7 +93,7 @@ def test_it_ends_when_it_is_closed_or_told_to_stop() -> None:
             stop.set()
     assert count == 5
 
-    def never() -> Iterator[int]:
+    def never() -> Generator[int, None, None]:
         yield 1
         stop.set()  # while the caller waits
         ended.wait(5)
