@@ -63,23 +63,23 @@ def writing(path: str | os.PathLike[str], needed: int) -> Iterator[None]:
 
 
 class _NamedFile(io.FileIO):
-    """A file whose errors of writing say its path, and how large it was to become."""
+    """A file that knows its path, and whose errors of writing say it, and how large the file was to become."""
 
-    def __init__(self, path: str | os.PathLike[str], mode: str, descriptor: int | None) -> None:
+    def __init__(self, path: str | os.PathLike[str], mode: str, descriptor: int | None = None) -> None:
         super().__init__(path if descriptor is None else descriptor, mode)
-        self._path = path
+        self.name = path  # also where it was open already, and Python knows the number alone
 
     def write(self, content: ReadableBuffer, /) -> int:
         """As of any file, if the system takes it."""
         try:
             return super().write(content)
         except OSError as error:
-            raise WriteFailed(error, self._path, self.tell() + memoryview(content).nbytes) from error
+            raise WriteFailed(error, self.name, self.tell() + memoryview(content).nbytes) from error
 
 
 def open_new(path: str | os.PathLike[str], buffering: int = io.DEFAULT_BUFFER_SIZE) -> IO[bytes]:
     """A new file, or one that is emptied, to be written and read."""
-    return io.BufferedRandom(_NamedFile(path, "w+", None), buffering)
+    return io.BufferedRandom(_NamedFile(path, "w+"), buffering)
 
 
 def open_existing(path: str | os.PathLike[str], descriptor: int | None = None) -> IO[bytes]:
@@ -91,14 +91,10 @@ def open_existing(path: str | os.PathLike[str], descriptor: int | None = None) -
     return io.BufferedRandom(_NamedFile(path, "r+", descriptor))
 
 
-def make_durable(file: IO[bytes], name: str | os.PathLike[str]) -> None:
-    """Have all that was written to an open file on the disk.
-
-    Args:
-        name: of the file, for errors: a disk over a network may be full only now.
-    """
+def make_durable(file: IO[bytes]) -> None:
+    """Have all that was written to an open file on the disk; one over a network may be full only now."""
     file.flush()
-    with writing(name, os.fstat(file.fileno()).st_size):
+    with writing(file.name, os.fstat(file.fileno()).st_size):
         sync(file.fileno())
 
 

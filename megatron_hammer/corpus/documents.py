@@ -345,7 +345,7 @@ class _HashedFile:
     """A new file that hashes what is written to it."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._file = path, open_new(path, _BUFFER_BYTES)
+        self._file = open_new(path, _BUFFER_BYTES)
         self.hash = xxhash.xxh3_128()
 
     def write(self, data: bytes) -> int:
@@ -356,7 +356,7 @@ class _HashedFile:
         self._file.flush()
 
     def sync(self) -> None:
-        make_durable(self._file, self._path)
+        make_durable(self._file)
 
     def close(self) -> None:
         self._file.close()

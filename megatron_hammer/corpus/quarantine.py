@@ -66,7 +66,7 @@ class RejectedFile:
 
     def save_state(self) -> int:
         """Make everything durable; the bytes there are."""
-        make_durable(self._file, self.temporary)
+        make_durable(self._file)
         self._keep = True
         return self._file.tell()
 
@@ -78,7 +78,7 @@ class RejectedFile:
     ) -> None:
         try:
             if kind is None:
-                make_durable(self._file, self.temporary)
+                make_durable(self._file)
         except OSError as failure:
             error = failure
             raise

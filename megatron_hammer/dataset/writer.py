@@ -247,8 +247,8 @@ class IndexedWriter:
 
     def save_state(self) -> dict[str, Any]:
         """Make all that was added durable; plain values with which another writer goes on from here."""
-        for file, suffix in ((self._bin, ".bin.tmp"), (self._idx, ".idx.tmp"), (self._documents, ".documents.tmp")):
-            make_durable(file, path_of(self.prefix, suffix))
+        for file in (self._bin, self._idx, self._documents):
+            make_durable(file)
         return {
             "dtype": self.dtype.name,
             "documents": self.num_documents,
@@ -297,8 +297,8 @@ class IndexedWriter:
         self._idx.seek(0)
         counts = (VERSION, CODES[self.dtype], self.num_sequences, self.num_documents + 1)
         self._idx.write(MAGIC + struct.pack("<QBQQ", *counts))
-        for file, suffix in ((self._bin, ".bin.tmp"), (self._idx, ".idx.tmp")):
-            make_durable(file, path_of(self.prefix, suffix))
+        make_durable(self._bin)
+        make_durable(self._idx)
         self._write_header()
 
         idx = path_of(self.prefix, ".idx")
@@ -344,10 +344,9 @@ class IndexedWriter:
             options=self.options,
             sources=tuple(self.sources),
         )
-        path = path_of(self.prefix, ".meta.json.tmp")
-        with open_new(path) as file:
+        with open_new(path_of(self.prefix, ".meta.json.tmp")) as file:
             file.write(header.to_json().encode("utf-8", "surrogateescape"))  # a source's path may be any bytes
-            make_durable(file, path)
+            make_durable(file)
 
 
 class _BlockHasher:

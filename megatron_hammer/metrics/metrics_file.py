@@ -76,7 +76,7 @@ class MetricsFile:
 
     def sync(self) -> None:
         """Make sure that the lines so far are on the disk: before a checkpoint is committed."""
-        make_durable(self.file, self.file.name)
+        make_durable(self.file)
 
     def close(self) -> None:
         """Nothing more will be written."""

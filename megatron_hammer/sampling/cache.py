@@ -191,7 +191,7 @@ def write_index(path: Path, kind: str, key: Key, arrays: Arrays) -> None:
             for array in contiguous.values():
                 file.write(array.data.cast("B") if array.size else b"")
                 file.write(bytes(-array.nbytes % _ALIGNMENT))
-            make_durable(file, temporary)
+            make_durable(file)
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

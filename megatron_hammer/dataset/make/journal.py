@@ -69,7 +69,7 @@ class Journal:
         temporary = Path(f"{path}.tmp")  # of a fixed name: the next run overwrites what a killed one leaves
         with open_new(temporary) as file:
             file.write(json.dumps(tree, ensure_ascii=False).encode("utf-8", "surrogateescape"))
-            make_durable(file, temporary)
+            make_durable(file)
         publish(temporary, path)
 
 
