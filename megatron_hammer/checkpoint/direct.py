@@ -23,10 +23,11 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_hammer.base.pages import HUGE
 from megatron_hammer.base.system import C, on_huge_pages, open_direct, read_at, set_direct, sync
+from megatron_hammer.checkpoint.one_pass import OnePass
 
 ALIGNMENT = 4096  # of addresses, offsets and lengths: the largest logical block of disks in use
 WRITE_BLOCK_BYTES = 4 * 2**20  # from 1 MiB on a disk here is at its full speed, within its noise
@@ -36,34 +37,10 @@ SMALL_BYTES = 64 * 2**10  # such as a norm's weights
 BLOCKS_AHEAD = 3  # hashing adds 1.3 % to reading so, 8.8 % with two; one leaves the disk idle in between
 
 
-class Passage(Protocol):
-    """What becomes of bytes on their way; they come in order."""
-
-    def copy(self, target: memoryview, source: memoryview) -> None:
-        """Copy the next bytes."""
-
-    def add(self, source: memoryview) -> None:
-        """Look at the next bytes, which need not be copied any more, or not at all."""
-
-
-class PlainCopy:
-    """A passage that only copies."""
-
-    def copy(self, target: memoryview, source: memoryview) -> None:
-        """Copy bytes."""
-        target[:] = source
-
-    def add(self, source: memoryview) -> None:
-        """Nothing."""
-
-
-PLAIN_COPY = PlainCopy()
-
-
 class DirectWriter:
     """A new file, written from front to back.
 
-    Memory: two blocks. An error of the disk is raised by the next ``write`` or by ``finish``.
+    Memory: two blocks. An error of the disk is raised by the next ``write`` or by ``close``.
 
     Args:
         path: a file that does not exist yet.
@@ -80,12 +57,12 @@ class DirectWriter:
         self._thread = ThreadPoolExecutor(1, "disk-writer")
         self._pending: Future[None] | None = None
 
-    def write(self, data: Any, through: Passage = PLAIN_COPY) -> None:
-        """Append a contiguous buffer; it may change again once this returns."""
+    def write(self, data: Any, through: OnePass) -> None:
+        """Append a contiguous buffer, which ``through`` copies; it may change again once this returns."""
         view = memoryview(data).cast("B")
         while view:
             part = view[: WRITE_BLOCK_BYTES - self._used]
-            through.copy(self._blocks[0][self._used : self._used + len(part)], part)
+            through.take(part, self._blocks[0][self._used : self._used + len(part)])
             self._used += len(part)
             view = view[len(part) :]
             if self._used == WRITE_BLOCK_BYTES:
@@ -115,22 +92,21 @@ class DirectWriter:
                 raise OSError(errno.EIO, "the disk takes no more bytes and does not say why")
             block, offset = block[done:], offset + done
 
-    def finish(self) -> None:
-        """Write what is left and make the content durable."""
-        size = self._written + self._used
-        padding = -self._used % ALIGNMENT
-        self._blocks[0][self._used : self._used + padding] = bytes(padding)
-        self._hand_over(self._used + padding)
-        assert self._pending is not None
-        self._pending.result()
-        os.ftruncate(self._descriptor, size)
-        sync(self._descriptor)
-
-    def close(self) -> None:
-        """Wait for the thread and let the file go; without ``finish`` it is not whole."""
-        self._thread.shutdown()
-        os.close(self._descriptor)
-        self._blocks.clear()
+    def close(self, whole: bool) -> None:
+        """Let the file go; where it is to be ``whole``, after what is left was written and all of it is durable."""
+        try:
+            if whole:
+                size, padding = self._written + self._used, -self._used % ALIGNMENT
+                self._blocks[0][self._used : self._used + padding] = bytes(padding)
+                self._hand_over(self._used + padding)
+                assert self._pending is not None
+                self._pending.result()
+                os.ftruncate(self._descriptor, size)
+                sync(self._descriptor)
+        finally:
+            self._thread.shutdown()
+            os.close(self._descriptor)
+            self._blocks.clear()
 
 
 class DirectReader:
@@ -149,74 +125,39 @@ class DirectReader:
         self._spare: list[memoryview] = []
         self._end = -SMALL_BYTES - 1  # of the last large read
 
-    def _start(self) -> None:
-        self._spare = _new_blocks(BLOCKS_AHEAD + 1, READ_BLOCK_BYTES)
-        self._direct = open_direct(self._descriptor)
-        self._threads = ThreadPoolExecutor(BLOCKS_AHEAD, "disk-reader")
+    def parts(self, offset: int, size: int) -> Iterator[memoryview]:
+        """Bytes of the file in order, a block at a time at most; each part is gone when the next is asked for.
 
-    def read_into(self, view: memoryview, offset: int, through: Passage = PLAIN_COPY) -> int:
-        """Fill ``view`` (flat bytes) from ``offset`` on; returns the count, smaller at the end of the file.
+        They end early where the file ends.
 
         Raises:
             OSError: whatever the disk says.
         """
-        if self._is_small(len(view), offset):
-            small = self._read_small(view, offset)
-            through.add(view[:small])
-            return small
-        done = 0
-        for part in self._parts(offset, len(view)):
-            through.copy(view[done : done + len(part)], part)
-            done += len(part)
-        return done
-
-    def look_at(self, offset: int, size: int, through: Passage) -> int:
-        """As ``read_into``, keeping nothing."""
-        if self._is_small(size, offset):
-            return self.read_into(memoryview(bytearray(size)), offset, through)
-        done = 0
-        for part in self._parts(offset, size):
-            through.add(part)
-            done += len(part)
-        return done
-
-    def _is_small(self, size: int, offset: int) -> bool:
-        return size <= SMALL_BYTES and not self._goes_on(offset)
-
-    def _goes_on(self, offset: int) -> bool:
-        """Where the last read ended, perhaps past something small that was read before."""
-        return 0 <= offset - self._end <= SMALL_BYTES
-
-    def _parts(self, offset: int, size: int) -> Iterator[memoryview]:
-        """The bytes in order, at most a block at a time; each part is gone when the next is asked for."""
-        if self._threads is None:
-            self._start()
-        # Who goes on where the last read ended will go on further; else only what is asked for is fetched.
-        until = self._size if self._goes_on(offset) else offset + size
-        done = 0
-        while done < size:
-            index, at = divmod(offset + done, READ_BLOCK_BYTES)
-            self._fetch(index, until)
-            fetched, block = self._blocks[index]
-            count = min(fetched.result() - at, size - done)
-            if count <= 0:
+        # Who goes on where the last read ended, perhaps past something small, will go on to the end.
+        goes_on = 0 <= offset - self._end <= SMALL_BYTES
+        if size <= SMALL_BYTES and not goes_on:  # leaves alone what is on its way for large reads
+            small = memoryview(bytearray(size))
+            yield small[: self._load(small, offset)]
+            return
+        until = self._size if goes_on else offset + size
+        while size:
+            index, at = divmod(offset, READ_BLOCK_BYTES)
+            fetched, block = self._fetch(index, until)
+            part = block[at : min(fetched.result(), at + size)]
+            if not part:
                 break
-            yield block[at : at + count]
-            done += count
-        self._end = offset + done
-        if self._end == self._size:
+            yield part
+            offset, size = offset + len(part), size - len(part)
+        self._end = offset
+        if offset == self._size:
             self.close()  # whoever reads many files one after the other has the memory of one
 
-    def _read_small(self, view: memoryview, offset: int) -> int:
-        """As ``read_into``, leaving alone what is on its way for the large reads."""
-        done = 0
-        while got := read_at(self._descriptor, view[done:], offset + done):
-            done += got
-        return done
-
-    def _fetch(self, first: int, until: int) -> None:
-        """Have block ``first``, and those after it that begin before ``until``, in memory or on their way."""
-        assert self._threads is not None
+    def _fetch(self, first: int, until: int) -> tuple[Future[int], memoryview]:
+        """Block ``first``; those after it that begin before ``until`` are on their way, too."""
+        if self._threads is None:
+            self._spare = _new_blocks(BLOCKS_AHEAD + 1, READ_BLOCK_BYTES)
+            self._direct = open_direct(self._descriptor)
+            self._threads = ThreadPoolExecutor(BLOCKS_AHEAD, "disk-reader")
         last = max(first, min(first + BLOCKS_AHEAD, (until - 1) // READ_BLOCK_BYTES))
         wanted = range(first, last + 1)
         for index in [i for i in self._blocks if i not in wanted]:
@@ -226,22 +167,23 @@ class DirectReader:
         for index in wanted:
             if index not in self._blocks:
                 block = self._spare.pop()
-                self._blocks[index] = (self._threads.submit(self._load, index, block), block)
+                self._blocks[index] = (self._threads.submit(self._load, block, index * READ_BLOCK_BYTES), block)
+        return self._blocks[first]
 
-    def _load(self, index: int, block: memoryview) -> int:
-        offset = index * READ_BLOCK_BYTES
-        length = max(0, min(READ_BLOCK_BYTES, self._size - offset))
+    def _load(self, room: memoryview, offset: int) -> int:
+        """Fill memory from ``offset`` on, past the cache where it does not lie there; the count, smaller at the end."""
+        length = max(0, min(len(room), self._size - offset))
         descriptor = self._descriptor
         if self._direct is not None and length and not _is_resident(self._descriptor, offset, length):
             descriptor = self._direct
         done = 0
         while done < length:
             try:
-                got = read_at(descriptor, block[done:], offset + done)
+                got = read_at(descriptor, room[done:], offset + done)
             except OSError as error:
                 if error.errno != errno.EINVAL or descriptor == self._descriptor:
                     raise
-                descriptor = self._descriptor  # a disk of larger blocks, or a short read before
+                descriptor = self._descriptor  # a disk of larger blocks, something small, or a short read before
                 continue
             if got == 0:
                 break

@@ -158,7 +158,7 @@ def _parts(rows: Range, cols: Range | None, view: Tensor) -> Iterator[_Part]:
 def _sum_of(rows: Range, cols: Range | None, view: Tensor) -> int:
     if view.device.type == "cpu":
         through = OnePass(None, Factors(rows, cols, DTYPE_NAMES[view.dtype]))
-        through.add(view.detach().view(torch.uint8).numpy())
+        through.take(view.detach().view(torch.uint8).numpy())
         return through.total
     return int(sum_on_device(view, rows, cols).item())
 

@@ -41,6 +41,8 @@ class Elements(Protocol):
 class OnePass:
     """Takes the bytes of a slice, which come in flat buffers of any length, and hashes and adds up what it takes.
 
+    Where neither is wanted, it copies.
+
     Args:
         size: how many bytes there will be, where their hash is wanted.
         elements: which they are, where their sum is wanted.
@@ -55,33 +57,26 @@ class OnePass:
             factors = (None, None, 4) if elements is None else (elements.rows, elements.cols, elements.item_bytes)
             self._compiled = _native.OnePass(size is not None and not by_library, *factors)
 
-    def add(self, source: Any) -> None:
-        """Take the next bytes."""
-        if self._compiled is not None:
-            self._compiled.add(source)
-            if self._hasher is not None:
-                self._hasher.update(source)
+    def take(self, source: Any, target: memoryview | None = None) -> None:
+        """Take the next bytes, and copy them to ``target``, if given, which has as many."""
+        if self._compiled is not None and self._hasher is None:
+            if target is None:
+                self._compiled.add(source)
+            else:
+                self._compiled.copy(target, source)
             return
         view = memoryview(source)
         for at in range(0, len(view), _PIECE_BYTES):
-            self._take(view[at : at + _PIECE_BYTES])
-
-    def copy(self, target: memoryview, source: memoryview) -> None:
-        """Take the next bytes, and copy them to ``target``, which has as many."""
-        if self._compiled is not None and self._hasher is None:
-            self._compiled.copy(target, source)
-            return
-        for at in range(0, len(source), _PIECE_BYTES):
-            piece = source[at : at + _PIECE_BYTES]
-            target[at : at + len(piece)] = piece
-            self.add(piece)
-
-    def _take(self, piece: memoryview) -> None:
-        if self._hasher is not None:
-            self._hasher.update(piece)
-        if self._elements is not None:
-            self._total = (self._total + self._elements.sum_of(piece, self._at)) % 2**64
-            self._at += len(piece)
+            piece = view[at : at + _PIECE_BYTES]
+            if target is not None:
+                target[at : at + len(piece)] = piece
+            if self._hasher is not None:
+                self._hasher.update(piece)
+            if self._compiled is not None:
+                self._compiled.add(piece)
+            elif self._elements is not None:
+                self._total = (self._total + self._elements.sum_of(piece, self._at)) % 2**64
+                self._at += len(piece)
 
     @property
     def total(self) -> int:

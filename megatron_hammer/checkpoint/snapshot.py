@@ -48,7 +48,7 @@ def places_of(sizes: Sequence[int]) -> tuple[list[int], int]:
 
 def copy(target: np.ndarray, source: np.ndarray) -> None:
     """Bytes to their place, past the core's caches where that was built."""
-    OnePass().copy(target.data, source.data)
+    OnePass().take(source.data, target.data)
 
 
 class _CopyWork:

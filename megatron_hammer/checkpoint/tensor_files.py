@@ -28,7 +28,7 @@ from megatron_hammer.base import reading
 from megatron_hammer.base.errors import CheckpointError, UnfitFile
 from megatron_hammer.base.files import hash_bytes, writing
 from megatron_hammer.base.reading import parse_json
-from megatron_hammer.checkpoint.direct import PLAIN_COPY, DirectReader, DirectWriter, Passage
+from megatron_hammer.checkpoint.direct import DirectReader, DirectWriter
 from megatron_hammer.checkpoint.one_pass import OnePass
 
 CHUNK_BYTES = 4 * 2**20  # hashed, converted and copied at a time: enough for full disk speed, small beside a tensor
@@ -110,7 +110,7 @@ class TensorFileWriter(AbstractContextManager["TensorFileWriter"]):
         self.path, self.header_hash, self.size = path, hash_bytes(head), len(head) + position
         self._left = [(name, math.prod(shape) * ITEM_BYTES[dtype]) for name, dtype, shape in reversed(tensors)]
         self._file = DirectWriter(path)
-        self._file.write(head)
+        self._file.write(head, OnePass())
 
     def write(self, name: str, chunks: Iterable[Any], through: OnePass | None = None) -> str:
         """Append the next tensor from buffers; returns the XXH3-128 of its bytes as they are in memory.
@@ -130,13 +130,9 @@ class TensorFileWriter(AbstractContextManager["TensorFileWriter"]):
         return through.hexdigest()
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        try:
-            if kind is None:
-                assert not self._left, f"{self.path}: {self._left[-1][0]} was announced but not written"
-                with writing(self.path, self.size):
-                    self._file.finish()
-        finally:
-            self._file.close()
+        with writing(self.path, self.size):
+            self._file.close(whole=kind is None)
+        assert kind is not None or not self._left, f"{self.path}: {self._left[-1][0]} was announced but not written"
 
 
 class TensorFileReader(AbstractContextManager["TensorFileReader"]):
@@ -218,15 +214,26 @@ class TensorFileReader(AbstractContextManager["TensorFileReader"]):
             rule = "is not there as the manifest describes it"
             raise CheckpointError(10, f"{self.path}: {name}", rule, "use another checkpoint")
 
-    def read_part(self, name: str, start: int, buffer: Any, through: Passage = PLAIN_COPY) -> None:
-        """Fill ``buffer`` (flat bytes) with the tensor's bytes from its byte ``start`` on; nothing is compared."""
-        entry, view = self.tensors[name], memoryview(buffer)
-        assert start + view.nbytes <= entry.num_bytes, f"{name}: bytes {start} and {view.nbytes} of {entry.num_bytes}"
-        if self._data.read_into(view, entry.offset + start, through) != view.nbytes:
-            raise self._became_shorter()
+    def read_part(self, name: str, start: int, buffer: Any, through: OnePass | None = None) -> None:
+        """Fill ``buffer`` (flat bytes) with the tensor's bytes from its byte ``start`` on; nothing is compared.
 
-    def _became_shorter(self) -> CheckpointError:
-        return CheckpointError(9, str(self.path), "became shorter while it was read", "use another checkpoint")
+        Args:
+            through: which copies them, and hashes them meanwhile.
+        """
+        view, through, done = memoryview(buffer), OnePass() if through is None else through, 0
+        for part in self._parts(name, start, view.nbytes):
+            through.take(part, view[done : done + len(part)])
+            done += len(part)
+
+    def _parts(self, name: str, start: int, size: int) -> Iterator[memoryview]:
+        """The tensor's bytes from its byte ``start`` on; each part is gone when the next is asked for."""
+        entry = self.tensors[name]
+        assert start + size <= entry.num_bytes, f"{name}: bytes {start} and {size} of {entry.num_bytes}"
+        for part in self._data.parts(entry.offset + start, size):
+            yield part
+            size -= len(part)
+        if size:
+            raise CheckpointError(9, str(self.path), "became shorter while it was read", "use another checkpoint")
 
     def read_into(self, name: str, buffer: Any) -> str:
         """Fill ``buffer`` (flat bytes) with the tensor and return its XXH3-128."""
@@ -244,13 +251,11 @@ class TensorFileReader(AbstractContextManager["TensorFileReader"]):
             through: which hashes them, and adds them up as well.
             advance: called with the bytes of each part that was read, ``CHUNK_BYTES`` at most.
         """
-        entry = self.tensors[name]
-        through = OnePass(entry.num_bytes) if through is None else through
-        for start in range(0, entry.num_bytes, CHUNK_BYTES):
-            size = min(CHUNK_BYTES, entry.num_bytes - start)
-            if self._data.look_at(entry.offset + start, size, through) != size:
-                raise self._became_shorter()
-            advance(size)
+        size = self.tensors[name].num_bytes
+        through = OnePass(size) if through is None else through
+        for part in self._parts(name, 0, size):
+            through.take(part)
+            advance(len(part))
         return through.hexdigest()
 
     def chunks(self, name: str) -> Iterator[memoryview]:

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_hammer.checkpoint import direct
 from megatron_hammer.checkpoint.direct import ALIGNMENT, DirectReader, DirectWriter
+from megatron_hammer.checkpoint.one_pass import OnePass
 
 BLOCK = 4 * ALIGNMENT
 
@@ -40,16 +41,15 @@ def either(request, monkeypatch):
 
 
 def write(path: Path, content: bytes, sizes: list[int]) -> None:
-    writer = DirectWriter(path)
+    writer, at, whole = DirectWriter(path), 0, False
     try:
-        at = 0
         for size in sizes:
-            writer.write(content[at : at + size])
+            writer.write(content[at : at + size], OnePass())
             at += size
-        writer.write(content[at:])
-        writer.finish()
+        writer.write(content[at:], OnePass())
+        whole = True
     finally:
-        writer.close()
+        writer.close(whole)
 
 
 def drop_from_cache(path: Path) -> None:
@@ -72,10 +72,9 @@ def test_what_is_written_is_taken_at_once(tmp_path):
     writer, buffer, expected = DirectWriter(tmp_path / "file"), bytearray(BLOCK), b""
     for k in range(1, 20):
         buffer[:] = bytes([k]) * BLOCK
-        writer.write(buffer)
+        writer.write(buffer, OnePass())
         expected += bytes(buffer)
-    writer.finish()
-    writer.close()
+    writer.close(whole=True)
     assert (tmp_path / "file").read_bytes() == expected
 
 
@@ -144,8 +143,7 @@ def read(path: Path, ranges: list[tuple[int, int]]) -> list[bytes]:
         reader, found = DirectReader(file.fileno(), path.stat().st_size), []
         try:
             for start, size in ranges:
-                buffer = bytearray(size)
-                found.append(bytes(buffer[: reader.read_into(memoryview(buffer), start)]))
+                found.append(b"".join(map(bytes, reader.parts(start, size))))
         finally:
             reader.close()
         return found
@@ -175,10 +173,8 @@ def test_a_file_that_was_read_to_its_end_takes_no_memory_and_can_be_read_again(t
     with open(tmp_path / "file", "rb") as file:
         reader, descriptors = DirectReader(file.fileno(), len(content)), set(os.listdir("/proc/self/fd"))
         for _ in range(2):
-            buffer = bytearray(3 * BLOCK)
-            assert reader.read_into(memoryview(buffer), 0) == 3 * BLOCK and reader._blocks
-            assert reader.read_into(memoryview(buffer), 3 * BLOCK) == 2 * BLOCK + 7
-            assert bytes(buffer[: 2 * BLOCK + 7]) == content[3 * BLOCK :]
+            assert b"".join(map(bytes, reader.parts(0, 3 * BLOCK))) == content[: 3 * BLOCK] and reader._blocks
+            assert b"".join(map(bytes, reader.parts(3 * BLOCK, 3 * BLOCK))) == content[3 * BLOCK :]
             assert not reader._blocks and not reader._spare and set(os.listdir("/proc/self/fd")) == descriptors
         reader.close()
 
@@ -196,10 +192,10 @@ def test_a_file_cut_while_it_is_read_is_short_and_no_crash(tmp_path):
     content = bytes(8 * BLOCK)
     (tmp_path / "file").write_bytes(content)
     with open(tmp_path / "file", "rb") as file:
-        reader, buffer = DirectReader(file.fileno(), len(content)), bytearray(BLOCK)
-        assert reader.read_into(memoryview(buffer), 0) == BLOCK
+        reader = DirectReader(file.fileno(), len(content))
+        assert sum(map(len, reader.parts(0, BLOCK))) == BLOCK
         os.truncate(tmp_path / "file", BLOCK)
-        assert reader.read_into(memoryview(buffer), 5 * BLOCK) == 0
+        assert sum(map(len, reader.parts(5 * BLOCK, BLOCK))) == 0
         reader.close()
 
 

@@ -109,7 +109,7 @@ MEASURES = (
         "if False:",
         f"{DAMAGE}the_hash_is_of_memory_and_a_lying_disk_is_noticed",
     ),
-    Measure("fsync of tensors", "checkpoint/direct.py", "        sync(self._descriptor)\n", "", SYNCED),
+    Measure("fsync of tensors", "checkpoint/direct.py", "                sync(self._descriptor)\n", "", SYNCED),
     Measure(
         "fsync of the manifest",
         "base/files.py",
