@@ -167,9 +167,7 @@ def _masks(*able: str) -> Callable[[Requirements], str]:
 
 
 def _varlen_unsupported(required: Requirements) -> str:
-    if limit := _masks("document")(required):
-        return limit
-    return f"takes heads of at most 256 elements, not {required.head_size}" if required.head_size > 256 else ""
+    return _masks("document")(required) or flash.unsupported(required)
 
 
 def _fused_unsupported(required: Requirements) -> str:

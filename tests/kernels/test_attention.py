@@ -218,6 +218,7 @@ CHOSEN = {
         Requirements(dtype=torch.float64, mask="document"),
         Requirements(CUDA, mask="document"),
         Requirements(CUDA, torch.bfloat16, "document", head_size=512),
+        Requirements(CUDA, torch.bfloat16, "document", head_size=36),  # torch's kernel does it in forward alone
     ],
     "varlen": [
         Requirements(CUDA, torch.bfloat16, "document", heads=8, groups=2),
@@ -253,6 +254,7 @@ REFUSED = [  # name, required, what the line must say
     ("varlen", Requirements(dtype=torch.bfloat16, mask="document"), ["does not run on cpu"]),
     ("varlen", Requirements(CUDA, mask="document"), ["does not compute in float32"]),
     ("varlen", Requirements(CUDA, torch.float16, "document", head_size=512), ["at most 256 elements, not 512"]),
+    ("varlen", Requirements(CUDA, torch.float16, "document", head_size=36), ["a multiple of 8 elements, not 36"]),
     ("cudnn", HALF, ["cannot do data.attention_mask=document", "use auto or varlen or sdpa-documents"]),
     ("cudnn", Requirements(CUDA), ["does not compute in float32", "use auto or sdpa"]),
     ("cudnn", Requirements(CUDA, torch.bfloat16, deterministic=True), ["is not the same from run to run"]),

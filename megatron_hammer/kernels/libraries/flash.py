@@ -101,7 +101,11 @@ def _sm(capability: tuple[int, int]) -> str:
     return f"sm_{capability[0]}{capability[1]}"
 
 
-def _unsupported(required: Requirements, largest: int = 256) -> str:
+def unsupported(required: Requirements, largest: int = 256) -> str:
+    """Why FlashAttention's kernels cannot do heads of this size, or an empty string; torch's own have the same limits.
+
+    Torch's kernel for variable lengths pads other sizes in forward, and then backward refuses them.
+    """
     if required.head_size > largest:
         return f"takes heads of at most {largest} elements, not {required.head_size}"
     return f"takes heads of a multiple of 8 elements, not {required.head_size}" if required.head_size % 8 else ""
@@ -109,12 +113,12 @@ def _unsupported(required: Requirements, largest: int = 256) -> str:
 
 def _flash_4_unsupported(required: Requirements) -> str:
     hopper = required.device.type == "cuda" and torch.cuda.get_device_capability(required.device)[0] == 9
-    return _unsupported(required, 256 if hopper else 128)
+    return unsupported(required, 256 if hopper else 128)
 
 
 BACKENDS = (
-    Backend("flash-attn", partial(_load, "flash_attn"), CUDA, HALVES, _unsupported, _flash_2_unavailable, True),
-    Backend("flash-attn-3", partial(_load, "flash_attn_interface"), CUDA, HALVES, _unsupported, _flash_3_unavailable,
+    Backend("flash-attn", partial(_load, "flash_attn"), CUDA, HALVES, unsupported, _flash_2_unavailable, True),
+    Backend("flash-attn-3", partial(_load, "flash_attn_interface"), CUDA, HALVES, unsupported, _flash_3_unavailable,
             True),
     Backend("flash-attn-4", partial(_load, "flash_attn.cute"), CUDA, HALVES, _flash_4_unsupported, _flash_4_unavailable,
             True),
