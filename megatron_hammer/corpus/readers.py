@@ -246,7 +246,6 @@ class _Cutter:
         self.finished = False
         self._place = file_range.start
         self._content = xxhash.xxh3_128()
-        self._whole = file_range.start.offset == 0 and file_range.end is None
         self._rest = b""  # read, and not in a block yet
         self._read = file_range.start.offset  # uncompressed bytes read
         self._raw_counted = 0
@@ -369,7 +368,7 @@ class _Cutter:
             raw_bytes=raw,
             content_hash=self._content.hexdigest(),
             last=last,
-            file_hash=self.stream.hash_of_all() if last and self._whole else None,
+            file_hash=self.stream.hash_of_all() if last and self.file_range.start.offset == 0 else None,
             trouble=self._trouble,
         )
         self._trouble = None

@@ -116,8 +116,7 @@ class SourceStream(io.RawIOBase):
             raise StreamDamage(f"it stands for more than {_MOST_EXPANSION} times its bytes, which no text does")
 
     def close(self) -> None:
-        if not self.closed:
-            self._file.close()
+        self._file.close()
         super().close()
 
 

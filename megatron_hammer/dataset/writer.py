@@ -53,6 +53,8 @@ _BYTES_AT_ONCE = 32 << 20  # of tokens that the system is asked to write out tog
 class IndexedWriter:
     """Writes a dataset batch by batch; published when its ``with`` block ends well, gone without trace when not.
 
+    The temporaries of which ``save_state`` has told stay when the block ends with an exception: for ``resume``.
+
     Args:
         prefix: P of the files; missing folders are made. Old files of this name stay until the new ones are complete.
         vocab_size: ids must be below it; it also chooses the token type.
@@ -87,9 +89,7 @@ class IndexedWriter:
         self._max_token_id, self._min_token_id = -1, 0
         self._tokens_of_parts = 0  # that no length stands for yet
         self._bytes_waiting = 0  # of tokens, that the system was not asked to write out yet
-        self._published = False
-        self.keep_temporaries = False
-        """Whether the temporaries stay when the ``with`` block ends with an exception: for ``resume``."""
+        self._published, self._keep = False, resume is not None
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         descriptor = open_alone(path_of(prefix, ".idx.tmp"))  # the last file to get its final name guards them all
         if descriptor is None:
@@ -133,7 +133,7 @@ class IndexedWriter:
         finally:
             for file in (self._bin, self._documents):
                 close_after(file, error)
-            if not self._published and not self.keep_temporaries:  # once published, the names may be another writer's
+            if not self._published and not self._keep:  # once published, the names may be another writer's
                 for suffix in (".bin.tmp", ".meta.json.tmp", ".documents.tmp", ".idx.tmp"):
                     path_of(self.prefix, suffix).unlink(missing_ok=True)
             close_after(self._idx, error)  # gives up the lock
@@ -249,6 +249,7 @@ class IndexedWriter:
         """Make all that was added durable; plain values with which another writer goes on from here."""
         for file in (self._bin, self._idx, self._documents):
             make_durable(file)
+        self._keep = True
         return {
             "dtype": self.dtype.name,
             "documents": self.num_documents,
@@ -326,7 +327,6 @@ class IndexedWriter:
         self._idx.seek(0, os.SEEK_END)
 
     def _write_header(self) -> None:
-        block_hashes = tuple(self._blocks.finish())
         self._idx.seek(0)
         idx_hash = hash_content(self._idx)
         header = DatasetHeader(
@@ -337,7 +337,7 @@ class IndexedWriter:
             bin_bytes=self.num_tokens * self.dtype.itemsize,
             idx_hash=idx_hash,
             block_bytes=HASH_BLOCK_BYTES,
-            block_hashes=block_hashes,
+            block_hashes=tuple(self._blocks.finish()),
             fingerprint=fingerprint_of(idx_hash, path_of(self.prefix, ".bin.tmp")),
             max_token_id=self._max_token_id if self._max_token_id >= 0 and self._min_token_id >= 0 else None,
             tokenizer=self.tokenizer,

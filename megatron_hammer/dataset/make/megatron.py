@@ -103,8 +103,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--vocab-file", metavar="PATH", help="the same, for GPT-NeoX's SPMTokenizer and HFTokenizer")
     group.add_argument("--dataset-impl", metavar="IMPL", help="mmap, the only format that is written")
     group.add_argument("--tokenizer-hf-no-include-special-tokens", action="store_true", help=argparse.SUPPRESS)
-    values = {option: count for option, (count, *_) in (_LEFT_ASIDE | _REFUSED).items()}
-    for option, count in values.items():
+    for option, (count, *_) in (_LEFT_ASIDE | _REFUSED).items():
         if count == 0:
             group.add_argument(option, dest=option, action="store_const", const="", help=argparse.SUPPRESS)
         else:

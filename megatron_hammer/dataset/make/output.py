@@ -184,8 +184,7 @@ class DatasetOutput(AbstractContextManager["DatasetOutput"]):
     def _open_files(self, journal: Journal | None) -> None:
         """Open everything for writing, anew or behind what a journal states."""
         job = self.job
-        options: dict[str, object] = {"append_eod": job.append_eod, "prepend_bos": job.prepend_bos}
-        options["on_error"] = job.on_error
+        options = dict[str, object](append_eod=job.append_eod, prepend_bos=job.prepend_bos, on_error=job.on_error)
         if set(job.kinds) & set(TEXT_DOCUMENTS):
             options["text_documents"] = job.text_documents
         self.writers, self.rejected = {}, None
@@ -200,9 +199,7 @@ class DatasetOutput(AbstractContextManager["DatasetOutput"]):
                     options={"json_key": key, **options},
                     resume=None if journal is None else journal.writers[key],
                 )
-                writer.keep_temporaries = journal is not None
-                self.writers[key] = writer
-                stack.push(writer)
+                self.writers[key] = stack.enter_context(writer)
             if job.on_error == "quarantine":
                 self._open_rejected(journal, stack)
             self._stack = stack.pop_all()
@@ -248,7 +245,6 @@ class DatasetOutput(AbstractContextManager["DatasetOutput"]):
         """Make everything durable up to here, and say so."""
         for key, writer in self.writers.items():
             self.journal.writers[key] = writer.save_state()
-            writer.keep_temporaries = True
         if self.rejected is not None:
             self.journal.rejected_bytes = self.rejected.save_state()
         self.journal.seconds = time.monotonic() - self._started
