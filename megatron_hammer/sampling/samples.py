@@ -277,45 +277,37 @@ class TrainData:
             located.append(DocumentSpan(document, before + offset, length))
         return located
 
-    def read(self, first: int, count: int, out: np.ndarray | None = None) -> Batch[np.ndarray]:
-        """Samples [first, first + count), all of one length.
+    def read(self, first: int, count: int) -> Batch[np.ndarray]:
+        """Samples [first, first + count), at least one, all of one length.
 
         What ``tokens`` gives one by one, at once: compiled, without the GIL, straight from the map into the result.
-
-        Args:
-            first: number of a sample, from 0.
-            count: at least one.
-            out: [count, seq_length + 1] int64 or int32 to fill instead of a new array (pinned memory, say); int32 does
-                not do for datasets of 64-bit ids.
 
         Raises:
             DataError: E350 a file was cut or overwritten; E341 an id is not in the vocabulary, with its place.
         """
-        sources, copied = np.empty(count, np.int64), []
         if not SURVIVES_CUTS:
             self.check_unchanged(self._present)
         try:
             parts = self._parts(first, count)
             s, *others = {part.order.seq_length for part in parts}
             assert not others, f"samples [{first}, {first + count}) differ in seq_length"
-            out = np.empty((count, s + 1), np.int64) if out is None else out
-            assert out.shape == (count, s + 1), f"out is {out.shape} for {count} samples"
+            samples, sources, copied = np.empty((count, s + 1), np.int64), np.empty(count, np.int64), []
             for part in parts:
                 spans, counts = part.order.locate_all(part.windows)
-                index.copy_windows(*self._memory[part.source], spans, counts, part.rows, out)
+                index.copy_windows(*self._memory[part.source], spans, counts, part.rows, samples)
                 sources[part.rows] = part.source
                 copied.append(_CopiedPart(part, spans[:, 2], counts))
         except (ValueError, IndexError):
             self.check_unchanged(self._present)  # else the samples are asked for wrongly
             raise
-        foreign = None if self.vocab_size is None else first_foreign_id(out, self.vocab_size)
+        foreign = None if self.vocab_size is None else first_foreign_id(samples, self.vocab_size)
         self.check_unchanged({part.source for part in parts})
         if foreign is not None:  # and was there when the file was opened
-            raise self._foreign_id(first + foreign // (s + 1), foreign % (s + 1), int(out.flat[foreign]))
+            raise self._foreign_id(first + foreign // (s + 1), foreign % (s + 1), int(samples.flat[foreign]))
         if self._fim:
-            self._rearrange(copied, out)
+            self._rearrange(copied, samples)
         documents = _document_bounds(copied, s) if self._document_mask else None
-        return Batch.from_windows(out, documents=documents, sources=sources)
+        return Batch.from_windows(samples, documents=documents, sources=sources)
 
     def _rearrange(self, copied: Sequence[_CopiedPart], samples: np.ndarray) -> list[Infill]:
         """Fill-in-the-middle in some samples, in place, where their sources have it."""

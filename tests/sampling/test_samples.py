@@ -154,10 +154,10 @@ def test_what_fails_while_reading_ahead_is_raised(sources, monkeypatch):
     ahead = ReadAhead(partial(micro_batches, data, micro_batch_size=8, dp_rank=0, dp_size=1))
     plain = data.read
 
-    def read(first, count, out=None):
+    def read(first, count):
         if first == 8:
             raise OSError(5, "Input/output error")
-        return plain(first, count, out)
+        return plain(first, count)
 
     monkeypatch.setattr(data, "read", read)
     ahead.get(0, 8, 8)
