@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -50,7 +51,7 @@ _CHUNK = 1 << 20  # entries of the index written or copied at once
 _BYTES_AT_ONCE = 32 << 20  # of tokens that the system is asked to write out together
 
 
-class IndexedWriter:
+class IndexedWriter(AbstractContextManager["IndexedWriter"]):
     """Writes a dataset batch by batch; published when its ``with`` block ends well, gone without trace when not.
 
     The temporaries of which ``save_state`` has told stay when the block ends with an exception: for ``resume``.
@@ -117,9 +118,6 @@ class IndexedWriter:
         except FileNotFoundError as error:
             raise StaleState(f"{error.filename} is gone") from None
         self._restore(state)
-
-    def __enter__(self) -> IndexedWriter:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -327,6 +325,7 @@ class IndexedWriter:
         self._idx.seek(0, os.SEEK_END)
 
     def _write_header(self) -> None:
+        block_hashes = tuple(self._blocks.finish())
         self._idx.seek(0)
         idx_hash = hash_content(self._idx)
         header = DatasetHeader(
@@ -337,7 +336,7 @@ class IndexedWriter:
             bin_bytes=self.num_tokens * self.dtype.itemsize,
             idx_hash=idx_hash,
             block_bytes=HASH_BLOCK_BYTES,
-            block_hashes=tuple(self._blocks.finish()),
+            block_hashes=block_hashes,
             fingerprint=fingerprint_of(idx_hash, path_of(self.prefix, ".bin.tmp")),
             max_token_id=self._max_token_id if self._max_token_id >= 0 and self._min_token_id >= 0 else None,
             tokenizer=self.tokenizer,
