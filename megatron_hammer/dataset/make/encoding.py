@@ -127,16 +127,14 @@ def in_order(
 
     drawing = pool.submit(draw)
     try:
-        while not stopped.is_set():
-            drawn = futures.get()
-            if drawn is None:
-                drawing.result()  # raises what `items` has raised
-                return
+        while (drawn := futures.get()) is not None and not stopped.is_set():
             future, size = drawn
             yield future.result()
             with changed:
                 held -= size
                 changed.notify()
+        if not stopped.is_set():
+            drawing.result()  # raises what `items` has raised
     finally:
         with changed:
             ended = True

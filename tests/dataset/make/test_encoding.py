@@ -95,8 +95,10 @@ def test_it_ends_when_it_is_closed_or_told_to_stop() -> None:
 
     def never() -> Generator[int, None, None]:
         yield 1
+        time.sleep(0.1)
         stop.set()  # while the caller waits
         ended.wait(5)
+        yield 2  # too late
 
     stop.clear()
     ended = threading.Event()
