@@ -227,28 +227,17 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def remove_leftovers(folder: Path, names: str) -> list[str]:
-    """Remove what crashed programs left in ``folder``; bring back what was set aside and not replaced.
-
-    Only for the one program that writes there.
-
-    Args:
-        names: a regular expression for the names of the finished folders.
-
-    Returns:
-        the names of what was found, for a note.
-    """
-    pattern, found = re.compile(rf"(?P<target>{names})\.(?P<kind>tmp|old)-[0-9a-f]{{16}}"), []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        match = pattern.fullmatch(path.name)
+def _remove_leftovers(target: Path) -> None:
+    """Remove what crashed programs left beside ``target``; bring back what was set aside and not replaced."""
+    name = re.compile(rf"{re.escape(target.name)}\.(tmp|old)-[0-9a-f]{{16}}")
+    for path in sorted(target.parent.iterdir()):
+        match = name.fullmatch(path.name)
         if match is None or path.is_symlink() or not path.is_dir():
             continue
-        found.append(path.name)
-        if match["kind"] == "old" and not os.path.lexists(folder / match["target"]):
-            os.rename(path, folder / match["target"])
+        if match[1] == "old" and not os.path.lexists(target):
+            os.rename(path, target)
         else:
             shutil.rmtree(path)
-    return found
 
 
 @contextmanager
@@ -260,7 +249,7 @@ def staged_folder(target: Path, replace: bool = False) -> Iterator[Path]:
         replace: whether ``target`` may be there already. Otherwise it may only be an empty folder.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(target.parent, re.escape(target.name))
+    _remove_leftovers(target)
     staging = staging_path(target)
     staging.mkdir()
     try:

@@ -43,6 +43,17 @@ def certificate_line(certificate: dict[str, Any]) -> str:
     )
 
 
+def remark_on(facts: Mapping[str, Any]) -> str:
+    """A line for people where a certificate says of the tokenizer that it is no proved tokenizer.json; else nothing."""
+    if facts.get("proved") is False:
+        return f"the tokenizer is not proved: {facts['reason']}"
+    if facts.get("form") == "sentencepiece":
+        from megatron_hammer.tokenizer.convert import form_line  # not for every reader of a certificate
+
+        return f"the tokenizer is exported as {form_line(facts['reason'])}"
+    return "" if facts.get("present", True) else "the checkpoint has no tokenizer: the model is exported without one"
+
+
 def recorded_documents(folder: Path) -> tuple[bool | None, bool | None]:
     """Whether documents began with bos and ended with eos in training, as an export recorded; None: it does not."""
     if not (folder / CERTIFICATE).is_file():

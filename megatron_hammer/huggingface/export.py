@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ from megatron_hammer.base.paths import RENAME_REMEDY, is_unicode
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.signals import blocked
 from megatron_hammer.checkpoint.folder import Note, open_checkpoint
-from megatron_hammer.checkpoint.manifest import Manifest, saved_model
+from megatron_hammer.checkpoint.manifest import read_manifest, saved_model
 from megatron_hammer.config import ModelConfig
-from megatron_hammer.huggingface.certified import CERTIFICATE, check_output
+from megatron_hammer.huggingface.certified import CERTIFICATE, check_output, remark_on
 from megatron_hammer.huggingface.config import CONFIG, GENERATION_CONFIG, hf_config_from_model, read_json
-from megatron_hammer.huggingface.exported_tokenizer import TokenizerForm, remark_on, write_tokenizer
+from megatron_hammer.huggingface.exported_tokenizer import TokenizerForm, write_tokenizer
 
 Prove = Callable[..., object]
 """Takes the checkpoint's folder, the export's, the type of the weights, and why the tokenizer is not proved, if so."""
@@ -96,29 +96,17 @@ def export_hf(
     if output.exists():
         check_output(output)
     with staged_folder(output, replace=True) as staging:
-        if prove is not None:
-            token_ids, unproved = write_tokenizer(manifest, model, staging, tokenizer)
-            _write_weights(manifest, staging, dtype, max_shard_bytes)
-            write_configs(model, token_ids, staging, dtype)
-            prove(manifest.folder, staging, dtype, *([unproved] if unproved else []))
-            certificate = read_json(staging / CERTIFICATE)
-        else:
-            with Prover(manifest.folder, staging, dtype, tokenizer) as prover:
-                _write_weights(manifest, staging, dtype, max_shard_bytes, prover.look)
-                write_configs(model, prover.token_ids(), staging, dtype)
-                certificate = prover.prove()
+        given = manifest.folder, staging, dtype, tokenizer
+        prover: Prover | ProverHere = Prover(*given) if prove is None else ProverHere(*given, prove)
+        with prover:
+            from megatron_hammer.huggingface.weights import export_weights  # torch's seconds pass beside the prover's
+
+            export_weights(manifest, staging, dtype, max_shard_bytes, prover.look)
+            write_configs(model, prover.token_ids(), staging, dtype)
+            certificate = prover.prove()
     if remark := remark_on(certificate.get("tokenizer", {})):
         note(remark)
     return certificate
-
-
-def _write_weights(
-    manifest: Manifest, folder: Path, dtype: str, max_shard_bytes: int | None, look: Callable[[], object] = lambda: None
-) -> None:
-    """Import torch, whose seconds pass beside the other process, and write; ``look`` is called before each tensor."""
-    from megatron_hammer.huggingface.weights import export_weights
-
-    export_weights(manifest, folder, dtype, max_shard_bytes, look)
 
 
 def write_configs(model: ModelConfig, token_ids: dict[str, Any], folder: Path, dtype: str) -> None:
@@ -197,3 +185,26 @@ class Prover(AbstractContextManager["Prover"]):
     def __exit__(self, *rest: object) -> None:
         with suppress(BrokenPipeError), self._process:  # closes the pipes and waits for its end
             self._process.kill()
+
+
+class ProverHere(nullcontext["ProverHere"]):
+    """In the place of ``Prover``: the same in this process, where ``prove`` says what a proof is."""
+
+    def __init__(self, checkpoint: Path, folder: Path, dtype: str, form: TokenizerForm, prove: Prove) -> None:
+        super().__init__(self)
+        self._places, self._prove = (checkpoint, folder, dtype), prove
+        manifest = read_manifest(checkpoint)
+        self._tokenizer = write_tokenizer(manifest, saved_model(manifest), folder, form)
+
+    def look(self) -> None:
+        """Nothing runs beside."""
+
+    def token_ids(self) -> dict[str, Any]:
+        """As of ``Prover``."""
+        return self._tokenizer.token_ids
+
+    def prove(self) -> dict[str, Any]:
+        """As of ``Prover``."""
+        unproved = self._tokenizer.unproved
+        self._prove(*self._places, *([unproved] if unproved else []))
+        return read_json(self._places[1] / CERTIFICATE)

@@ -13,7 +13,7 @@ from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_fold
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.dataset.look.document_marks import documents_begin_with
 from megatron_hammer.huggingface.config import check_vocabulary, token_ids_of
-from megatron_hammer.tokenizer.convert import conversion_obstacle, convert_tokenizer, form_line
+from megatron_hammer.tokenizer.convert import conversion_obstacle, convert_tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 
 TokenizerForm = Literal["exact", "as-is", "none"]
@@ -52,12 +52,3 @@ def write_tokenizer(manifest: Manifest, model: ModelConfig, folder: Path, form: 
         if form == "as-is":
             tokenizer.save_files(folder)
     return ExportedTokenizer(dict(token_ids_of(tokenizer)), unproved)
-
-
-def remark_on(facts: dict[str, Any]) -> str:
-    """A line for people where a certificate says of the tokenizer that it is no proved tokenizer.json; else nothing."""
-    if facts.get("proved") is False:
-        return f"the tokenizer is not proved: {facts['reason']}"
-    if facts.get("form") == "sentencepiece":
-        return f"the tokenizer is exported as {form_line(facts['reason'])}"
-    return "" if facts.get("present", True) else "the checkpoint has no tokenizer: the model is exported without one"

@@ -14,7 +14,7 @@ import megatron_hammer as mh
 from megatron_hammer.checkpoint.folder import newest_checkpoint
 from megatron_hammer.huggingface import export
 from megatron_hammer.train.run import run_rank
-from tests.huggingface.unproved import ProverHere
+from tests.huggingface.unproved import PROVER_HERE
 from tests.train.runs import metrics
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def test_it_is_a_notebook_of_version_4_5() -> None:
 def test_the_block_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/python.md, of six steps in place of 200; the Chinese page has the same one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(export, "Prover", ProverHere)
+    monkeypatch.setattr(export, "Prover", PROVER_HERE)
     (tmp_path / "my_text").symlink_to(ROOT / "examples" / "corpus")
     block, chinese = (
         re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)[0]
@@ -65,7 +65,7 @@ def test_the_cells_run_and_their_curve_is_the_programs(tmp_path: Path, monkeypat
     """In a fresh folder, in this process, the proof of the export too. Evaluation, generation and export in the midst
     of it all change no bit of what the program computes with the same config."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(export, "Prover", ProverHere)
+    monkeypatch.setattr(export, "Prover", PROVER_HERE)
     names: dict[str, object] = {}
     for cell in CODE:
         exec(compile(cell.replace('"train.num_steps": 40', '"train.num_steps": 6'), str(NOTEBOOK), "exec"), names)

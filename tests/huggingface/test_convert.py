@@ -27,7 +27,8 @@ from megatron_hammer.config import load_config
 from megatron_hammer.dataset.look.document_marks import documents_begin_with
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
-from megatron_hammer.huggingface import export, prover
+from megatron_hammer.huggingface import prover
+from megatron_hammer.huggingface import weights as weight_files
 from megatron_hammer.huggingface.certificate import prove
 from megatron_hammer.huggingface.export import Prover, export_hf
 from megatron_hammer.huggingface.importing import import_hf
@@ -581,7 +582,7 @@ def test_the_other_process_refuses_a_tokenizer_and_proves_the_model_alone(tmp_pa
             time.sleep(0.02)
 
     with monkeypatch.context() as patch:
-        patch.setattr(export, "_write_weights", write_for_ever)
+        patch.setattr(weight_files, "export_weights", write_for_ever)
         with pytest.raises(RefusedError, match=r"E501.*is a word model.*or export the weights with --tokenizer as-is"):
             export_hf(tmp_path / "run", tmp_path / "hf")
     with pytest.raises(ZeroDivisionError):  # between two tensors

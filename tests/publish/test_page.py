@@ -13,7 +13,7 @@ import pytest
 
 from megatron_hammer.command import run_file
 from megatron_hammer.huggingface import export
-from tests.huggingface.unproved import ProverHere
+from tests.huggingface.unproved import PROVER_HERE
 from tests.page_blocks import ROOT, blocks_of
 
 
@@ -27,7 +27,7 @@ def test_the_page(
     (run / "metrics.jsonl").unlink()  # of a run with steps left
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(export, "Prover", ProverHere)
+    monkeypatch.setattr(export, "Prover", PROVER_HERE)
     said = []
     page = (ROOT / "docs" / "publish.md").read_text(encoding="utf-8")
     for line in "".join(blocks_of(page)).splitlines():
