@@ -279,9 +279,23 @@ def _free_bytes(path: str | os.PathLike[str]) -> int | None:
     return status.f_bavail * status.f_frsize
 
 
+NO_TENSOR_MEMORY = (
+    "can't allocate memory",  # torch's allocator on a CPU
+    "CUDA error: out of memory",  # what is not of torch's allocator on a GPU: a context, a graph, a module of kernels
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Failed to CUDA calloc",  # NCCL, whose buffers come with the first message of a kind: as a rule for want of memory
+    "Failed to CUDA malloc",
+    "'out of memory'",  # NCCL's "Cuda failure 2 'out of memory'"
+)
+
+
 def lacks_tensor_memory(error: BaseException) -> bool:
-    """Whether torch found no memory on a GPU or a CPU. It is not imported: its error is known by name."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    """Whether torch, or a library beside it, found no memory on a GPU or a CPU.
+
+    torch is not imported: its own error is known by name. Others raise whatever they raise, and say it in the text.
+    """
+    text = str(error)
+    return type(error).__name__ == "OutOfMemoryError" or any(words in text for words in NO_TENSOR_MEMORY)
 
 
 def from_exception(error: BaseException, who: str) -> HammerError | None:

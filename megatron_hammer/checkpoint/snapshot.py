@@ -23,6 +23,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,16 @@ def places_of(sizes: Sequence[int]) -> tuple[list[int], int]:
 def copy(target: np.ndarray, source: np.ndarray) -> None:
     """Bytes to their place, past the core's caches where that was built."""
     OnePass().take(source.data, target.data)
+
+
+def _forget_last_error(device: torch.device) -> None:
+    """After a call of CUDA that failed: CUDA keeps its error for whoever asks next, which torch does behind a launch.
+
+    That would be a kernel by which the ranks agree on the error: it would be raised there instead, on this rank alone,
+    and the others would wait. torch has no other way to ask (cudaGetLastError is not among what it binds).
+    """
+    with suppress(RuntimeError):
+        torch.ones(1, device=device)
 
 
 class _CopyWork:
@@ -125,6 +136,7 @@ class Snapshot:
                 del self._bytes
                 self._memory.close()
                 os.close(self.descriptor)
+                _forget_last_error(device)
                 raise MemoryShortage(
                     1,
                     f"checkpoint.mode=background: a snapshot of {self.size / 2**30:.2f} GiB",

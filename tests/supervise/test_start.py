@@ -642,13 +642,19 @@ def test_help_lists_every_field() -> None:
 
 
 def test_memory_shortage_is_recognised() -> None:
+    nccl = "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.30.7\nLast error:\n"
     texts = [
-        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in https://docs.nvidia.com/cuda/",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        nccl + "Failed to CUDA calloc async 608 bytes",
+        nccl + "Cuda failure 2 'out of memory'",
     ]
     for error in (MemoryError(), *map(RuntimeError, texts)):
         known = from_exception(error, "rank 3")
         assert isinstance(known, MemoryShortage) and str(known).startswith("error[E1001]: rank 3 has no memory left")
-    assert from_exception(RuntimeError("shapes differ"), "rank 3") is None
+    for text in ("shapes differ", "CUDA error: an illegal memory access was encountered", nccl + "Cuda failure 1 'x'"):
+        assert from_exception(RuntimeError(text), "rank 3") is None
     assert from_exception(ConnectionResetError(104, "Connection reset by peer"), "rank 3") is None
 
 

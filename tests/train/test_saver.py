@@ -174,10 +174,22 @@ def test_a_limit_on_files_is_none_on_memory() -> None:
 
 
 def test_memory_that_a_gpu_cannot_reach_is_an_error_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the failure is torch's to find, after some kernel that has nothing to do with it."""
+    """Else the failure is torch's to find, after some kernel that has nothing to do with it: of the ranks' agreement
+    on this error, say, for CUDA keeps an error until somebody asks for it."""
+    last_error = list[int]()
+
+    def register(address: int, size: int, flags: int) -> int:
+        last_error.append(801)
+        return 801
+
+    def launch(*size: int, device: torch.device) -> torch.Tensor:
+        if last_error:
+            raise RuntimeError(f"CUDA error {last_error.pop()}")  # torch asks behind each launch, once
+        return torch.empty(size)
+
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    library = SimpleNamespace(cudaHostRegister=lambda address, size, flags: 801)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: library)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    monkeypatch.setattr(torch, "ones", launch)
     taken, take_memory = list[mmap.mmap](), snapshot.take_memory
     monkeypatch.setattr(
         snapshot, "take_memory", lambda descriptor, size: taken.append(take_memory(descriptor, size)) or taken[0]
@@ -185,6 +197,7 @@ def test_memory_that_a_gpu_cannot_reach_is_an_error_at_start(monkeypatch: pytest
     with pytest.raises(MemoryShortage, match=r"cannot be pinned for the GPU \(cudaHostRegister: error 801\).*blocking"):
         Snapshot(2**20, torch.device("cuda"))
     assert taken[0].closed, "the memory is free while the error is on its way"
+    assert not last_error, "the next kernel is not to blame"
 
 
 def test_a_snapshot_of_a_gpu_touches_no_other_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
