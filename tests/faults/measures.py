@@ -345,7 +345,7 @@ MEASURES = (
     Measure(
         "ids are of the vocabulary",
         "sampling/samples.py",
-        "foreign = None if self.vocab_size is None else first_foreign_id(out, self.vocab_size)",
+        "foreign = None if self.vocab_size is None else first_foreign_id(samples, self.vocab_size)",
         "foreign = None",
         "sampling/test_samples.py::test_an_id_beyond_the_vocabulary_is_named_with_its_document",
     ),
