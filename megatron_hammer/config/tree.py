@@ -25,7 +25,7 @@ from megatron_hammer.config.settings import (
     TrainConfig,
 )
 from megatron_hammer.parallel.grid import Grid, build_grid
-from megatron_hammer.parallel.pipeline import Costs, Pipeline, split_layers
+from megatron_hammer.parallel.pipeline import Pipeline, TokenFlops, split_layers
 from megatron_hammer.parallel.placement import Placement, place
 
 BULK = "use parallel.tp_comm_overlap=bulk"
@@ -287,16 +287,16 @@ class Config:
         """The stages of a pipeline rank, and the order of its work."""
         return Pipeline(pp_rank, self.parallel.pipeline_model_parallel_size, self.parallel.virtual_pipeline_stages)
 
-    def stage_costs(self) -> Costs:
-        """What each part of the model costs a token."""
+    def token_flops(self) -> TokenFlops:
+        """FLOPs of a token in each part of the model, what is recomputed counted again."""
         again = 0
         if self.train.recompute == "full":
             again = self.train.recompute_layers or self.model.num_layers
-        return Costs.of(self.model, self.data.seq_length, again)
+        return TokenFlops.of(self.model, self.data.seq_length, again)
 
     def layer_split(self) -> tuple[int, ...]:
         """Layers of each stage: ``parallel.pipeline_split``, or by cost."""
-        return self.parallel.pipeline_split or split_layers(self.stage_costs(), self.pipeline().num_stages)
+        return self.parallel.pipeline_split or split_layers(self.token_flops(), self.pipeline().num_stages)
 
     def placement(self, tp_rank: int = 0, stage: int = 0) -> Placement:
         """What a stage of a rank holds of the model; the sizes are the same on all tensor-parallel ranks."""

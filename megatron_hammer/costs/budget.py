@@ -77,14 +77,14 @@ class Cost:
 class Rates:
     """How fast a device is."""
 
-    flops: float
-    """Floating-point operations a second in a large matrix product."""
+    flops_per_second: float
+    """Floating-point operations in a large matrix product."""
     bandwidth: float
     """Bytes a second, read and written, in a large copy."""
 
     def seconds(self, cost: Cost) -> float:
         """The limit of a part: the longer of computing and moving."""
-        return max(cost.flops / self.flops, cost.bytes / self.bandwidth)
+        return max(cost.flops / self.flops_per_second, cost.bytes / self.bandwidth)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from megatron_hammer.costs.flops import peak_tflops
 from megatron_hammer.costs.gpus import find_gpu
 from megatron_hammer.costs.rank_costs import GIB
 from megatron_hammer.costs.rank_peak import rank_peak
-from megatron_hammer.costs.rank_speed import Machine, step_time
+from megatron_hammer.costs.rank_speed import Cluster, step_time
 from megatron_hammer.kernels.selection import kernel_requirements, select_backends
 
 WARM_UP_STEPS = 3
@@ -53,8 +53,8 @@ class Prediction:
         """Tokens a second of all ranks; None where no rate is known."""
         if gpu is not None and peak is not None:
             here = max(1, torch.cuda.device_count()) if device.type == "cuda" else 1
-            machine = Machine(device_name, gpu.with_peak(config.train.precision, peak), here)
-            self.speed = step_time(config, world_size, machine).tokens_per_second
+            cluster = Cluster(device_name, gpu.with_peak(config.train.precision, peak), here)
+            self.speed = step_time(config, world_size, cluster).tokens_per_second
         self._steps, self._tokens, self._seconds = 0, 0.0, 0.0
 
     @property

@@ -18,7 +18,7 @@ from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
 from megatron_hammer.costs.rank_costs import GIB
 from megatron_hammer.costs.rank_peak import fused_backends, worst_rank
-from megatron_hammer.costs.rank_speed import Machine, StepTime, step_time
+from megatron_hammer.costs.rank_speed import Cluster, StepTime, step_time
 
 HEADROOM = 0.08  # of a GPU's memory: the CUDA context and NCCL (2 to 3 GiB), workspaces, holes between allocations
 MOST_CONTEXT_PARALLEL = 16
@@ -38,7 +38,7 @@ class PlannedLayout:
 
     config: Config
     world_size: int
-    machine: Machine
+    cluster: Cluster
     pp_rank: int
     """The pipeline rank that needs most memory."""
     memory: dict[str, int]
@@ -47,7 +47,7 @@ class PlannedLayout:
     @cached_property
     def time(self) -> StepTime:
         """Predicted time of a step; worked out when it is asked for, as it never is of layouts that do not fit."""
-        return step_time(self.config, self.world_size, self.machine)
+        return step_time(self.config, self.world_size, self.cluster)
 
     @property
     def bytes(self) -> int:
@@ -146,7 +146,7 @@ def with_precision(config: Config, precision: str) -> Config:
 def search_layouts(
     config: Config,
     world_size: int,
-    machine: Machine,
+    cluster: Cluster,
     memory_gib: float,
     precisions: Sequence[str] = (),
     headroom: float = HEADROOM,
@@ -164,7 +164,7 @@ def search_layouts(
     """
     limit = round(memory_gib * GIB * (1 - headroom))
     fitting, too_large, rejected = list[PlannedLayout](), list[PlannedLayout](), list[RejectedLayout]()
-    families = list(_families(config, world_size, machine, precisions))
+    families = list(_families(config, world_size, cluster, precisions))
     for alike in (_alike(config, world_size, *family) for family in families):
         tried(len(families))
         for name, candidate in alike:
@@ -172,7 +172,7 @@ def search_layouts(
                 batch = "global_batch_size" in refused or "micro-batches a step" in refused
                 rejected.append(RejectedLayout(name, refused, "batch" if batch else "settings"))
                 continue
-            layout = need_of(candidate, world_size, machine)
+            layout = need_of(candidate, world_size, cluster)
             if layout.bytes > limit:  # and so are those with larger micro-batches
                 too_large.append(layout)
                 reason = f"needs {layout.bytes / GIB:.2f} GiB of {limit / GIB:.2f}"
@@ -185,14 +185,14 @@ def search_layouts(
     return FoundLayouts(fitting, too_large, rejected, limit)
 
 
-def need_of(config: Config, world_size: int, machine: Machine) -> PlannedLayout:
+def need_of(config: Config, world_size: int, cluster: Cluster) -> PlannedLayout:
     """What a step of a valid config needs."""
     pp_rank, memory = worst_rank(config, world_size, fused_backends(config.kernels))
-    return PlannedLayout(config, world_size, machine, pp_rank, memory)
+    return PlannedLayout(config, world_size, cluster, pp_rank, memory)
 
 
 def _families(
-    config: Config, world_size: int, machine: Machine, precisions: Sequence[str]
+    config: Config, world_size: int, cluster: Cluster, precisions: Sequence[str]
 ) -> Iterator[tuple[str, int, int, int, int, str, int | None, str]]:
     """Layouts but for their micro-batch: precision, TP, CP, PP, stages of a pipeline rank, what is sharded and among
     how many ranks (None: all, or as the config has it), recompute.
@@ -200,14 +200,14 @@ def _families(
     Tensor-parallel ranks stay within a node.
     """
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
-    tensor = [t for t in divisors if t <= min(machine.gpus_per_node, config.model.num_attention_heads)]
+    tensor = [t for t in divisors if t <= min(cluster.gpus_per_node, config.model.num_attention_heads)]
     most = min(MOST_CONTEXT_PARALLEL, config.data.seq_length // 2)
     context = [c for c in divisors if c & (c - 1) == 0 and c <= most]
     pipeline = [p for p in divisors if p <= config.model.num_layers]
     for precision, tp, cp, pp in itertools.product(precisions or [precision_of(config)], tensor, context, pipeline):
         if world_size % (tp * cp * pp):
             continue
-        shards = _shards(config, world_size // (tp * pp), machine.gpus_per_node // tp)
+        shards = _shards(config, world_size // (tp * pp), cluster.gpus_per_node // tp)
         for stages, (shard, size), recompute in itertools.product(_stages(config, pp), shards, RECOMPUTES):
             yield precision, tp, cp, pp, stages, shard, size, recompute
 

@@ -51,7 +51,7 @@ def plan_table(plan: LayoutPlan, shown: int) -> list[str]:
 def _heading(plan: LayoutPlan) -> list[str]:
     model, config = plan.config.model, plan.config
     lines = _wrapped(
-        f"{count_parameters(model):,} parameters on {plan.world_size} x {plan.machine.name} ({plan.memory_gib:g} GiB, "
+        f"{count_parameters(model):,} parameters on {plan.world_size} x {plan.cluster.name} ({plan.memory_gib:g} GiB, "
         f"of which a rank may need {plan.found.limit / GIB:.1f}); a step of {config.train.global_batch_size:,} samples "
         f"x {config.data.seq_length:,} tokens; {plan.tokens:,} tokens in all"
     )
@@ -117,20 +117,20 @@ def _rejected(plan: LayoutPlan) -> list[str]:
 
 def assumptions(plan: LayoutPlan) -> list[str]:
     """What the figures rest on."""
-    machine, rates = plan.machine, plan.machine.efficiency
+    cluster, rates = plan.cluster, plan.cluster.efficiency
     used = dict.fromkeys("fp32" if layout.config.train.precision == "fp32" else "bf16" for layout in plan.found.fitting)
-    peaks = " and ".join(f"{machine.gpu.peak(precision):g} in {precision}" for precision in used)
+    peaks = " and ".join(f"{cluster.gpu.peak(precision):g} in {precision}" for precision in used)
     return [
         "assumed",
         *_wrapped(
-            f"{machine.name}: dense TFLOP/s {peaks}, {machine.gpu.bandwidth:g} TB/s; reached: "
+            f"{cluster.name}: dense TFLOP/s {peaks}, {cluster.gpu.bandwidth:g} TB/s; reached: "
             f"{rates.products:.0%} in products, {rates.attention:.0%} in attention, {rates.memory:.0%} of the memory's "
             f"bandwidth, {rates.links:.0%} of the links'; {rates.gaps:.0%} of a step are gaps",
             "  ",
         ),
         *_wrapped(
-            f"links of a GPU, one direction: {machine.gpu.link:g} GB/s among {machine.gpus_per_node} of a node, "
-            f"{machine.network:g} GB/s between nodes (--node-link, --gpus-per-node, --network)",
+            f"links of a GPU, one direction: {cluster.gpu.link:g} GB/s among {cluster.gpus_per_node} of a node, "
+            f"{cluster.network:g} GB/s between nodes (--node-link, --gpus-per-node, --network)",
             "  ",
         ),
         *_wrapped(
@@ -198,7 +198,7 @@ def draw_plan(plan: LayoutPlan, output: Path, shown: int, language: Language = "
     left.invert_yaxis()
     size = f"{count_parameters(plan.config.model):,}"
     title = (
-        say(f"Predicted: {size} parameters on ", f"预测：{size} 个参数，") + f"{plan.world_size} x {plan.machine.name}"
+        say(f"Predicted: {size} parameters on ", f"预测：{size} 个参数，") + f"{plan.world_size} x {plan.cluster.name}"
     )
     figure.suptitle(title, x=0.008, y=1 - 0.1 / height, ha="left", va="top", fontsize=13, fontweight="bold")
     save_png(figure, output)
@@ -206,9 +206,9 @@ def draw_plan(plan: LayoutPlan, output: Path, shown: int, language: Language = "
 
 def _source(plan: LayoutPlan, say: Say) -> str:
     """What the picture was drawn from: no measurement, but these assumptions."""
-    rates, machine = plan.machine.efficiency, plan.machine
+    rates, cluster = plan.cluster.efficiency, plan.cluster
     shares = f"{rates.products:.0%}", f"{rates.attention:.0%}", f"{rates.memory:.0%}"
-    links = f"{machine.gpu.link:g} GB/s", f"{machine.network:g} GB/s"
+    links = f"{cluster.gpu.link:g} GB/s", f"{cluster.network:g} GB/s"
     return say(
         f"Source: tools/plan.py; nothing was measured. Memory of the rank that needs most. Assumed: "
         f"{shares[0]} of the peak in products, {shares[1]} in attention, {shares[2]} of memory bandwidth; "

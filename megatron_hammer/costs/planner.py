@@ -22,7 +22,7 @@ from megatron_hammer.costs.layouts import (
 )
 from megatron_hammer.costs.rank_costs import GIB
 from megatron_hammer.costs.rank_peak import GRADIENTS, OPTIMIZER, WEIGHTS
-from megatron_hammer.costs.rank_speed import Efficiency, Machine
+from megatron_hammer.costs.rank_speed import Cluster, Efficiency
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.tokenizer.load import load_tokenizer, with_vocab_size
 
@@ -55,7 +55,7 @@ class LayoutPlan:
     config: Config
     """With its vocabulary."""
     world_size: int
-    machine: Machine
+    cluster: Cluster
     memory_gib: float
     """Of a GPU."""
     headroom: float
@@ -78,7 +78,7 @@ def check_found(plan: LayoutPlan) -> None:
         MemoryShortage: E1002, none fits; names the smallest and what is missing.
         ConfigError: E205, the settings refuse all.
     """
-    found, gpus = plan.found, f"{plan.world_size} x {plan.machine.name}"
+    found, gpus = plan.found, f"{plan.world_size} x {plan.cluster.name}"
     if found.fitting:
         return
     if found.too_large:
@@ -129,7 +129,7 @@ def plan_layouts(config: Config, request: PlanRequest, tried: Callable[[int], No
     if "fp8" in precisions and not gpu.fp8:
         raise ConfigError(38, f"--precision fp8: {name}", "has no products in 8 bits", "use --precision bf16")
     link = gpu.link if request.node_link is None else request.node_link
-    machine = Machine(
+    cluster = Cluster(
         name, replace(gpu, link=link), request.gpus_per_node, request.network,
         efficiency=_efficiency(request.efficiency),
     )  # fmt: skip
@@ -140,9 +140,9 @@ def plan_layouts(config: Config, request: PlanRequest, tried: Callable[[int], No
     )
     memory = gpu.memory_gib if request.memory is None else request.memory
     headroom = HEADROOM if request.headroom is None else request.headroom
-    found = search_layouts(whole, request.gpus, machine, memory, precisions, headroom, tried)
+    found = search_layouts(whole, request.gpus, cluster, memory, precisions, headroom, tried)
     tokens = config.num_tokens if request.tokens is None else round(request.tokens)
-    plan = LayoutPlan(whole, request.gpus, machine, memory, headroom, tokens, request.price, found, assumed)
+    plan = LayoutPlan(whole, request.gpus, cluster, memory, headroom, tokens, request.price, found, assumed)
     check_found(plan)
     return plan
 
@@ -190,13 +190,13 @@ def _efficiency(given: Sequence[str]) -> Efficiency:
 
 def plan_to_tree(plan: LayoutPlan) -> dict[str, Any]:
     """All of it as JSON values, rejected layouts included."""
-    machine = {key: value for key, value in asdict(plan.machine).items() if key != "gpu"}
+    cluster = {key: value for key, value in asdict(plan.cluster).items() if key != "gpu"}
     return {
         "parameters": count_parameters(plan.config.model),
         "vocab_size": plan.config.model.vocab_size,
         "vocab_size_is_assumed": plan.is_vocabulary_assumed,
         "gpus": plan.world_size,
-        "machine": machine | asdict(plan.machine.gpu),
+        "machine": cluster | asdict(plan.cluster.gpu),
         "memory_gib": plan.memory_gib,
         "headroom": plan.headroom,
         "limit_bytes": plan.found.limit,

@@ -83,7 +83,7 @@ class Efficiency:
 
 
 @dataclass(frozen=True)
-class Machine:
+class Cluster:
     """The GPUs of a run and what joins them."""
 
     name: str
@@ -95,7 +95,7 @@ class Machine:
     """Seconds of a collective, however small."""
     efficiency: Efficiency = field(default_factory=Efficiency)
 
-    def flops(self, precision: str) -> float:
+    def peak_flops(self, precision: str) -> float:
         """Dense peak in ``train.precision``, a second."""
         return (self.gpu.peak(precision) or 0.0) * TERA
 
@@ -103,7 +103,7 @@ class Machine:
         """Seconds of one part of the model."""
         share = self.efficiency.attention if part == ATTENTION else self.efficiency.products
         times = self.efficiency.fp8 if fp8 and part == LAYER_PRODUCTS else 1.0
-        rate, bandwidth = share * times * self.flops(precision), self.efficiency.memory * self.gpu.bandwidth * TERA
+        rate, bandwidth = share * times * self.peak_flops(precision), self.efficiency.memory * self.gpu.bandwidth * TERA
         return Rates(rate, bandwidth).seconds(cost)
 
     def collective(self, kind: str, size: int, ranks: int, stride: int) -> float:
@@ -136,10 +136,10 @@ class StepTime:
         return self.tokens / self.total
 
 
-def step_time(config: Config, world_size: int, machine: Machine) -> StepTime:
+def step_time(config: Config, world_size: int, cluster: Cluster) -> StepTime:
     """Predict a step of ``config``, which is valid for ``world_size`` ranks and has its vocabulary."""
     grid, accumulated = config.grid(world_size), config.grad_accum(world_size)
-    each = [_RankTimes(config, grid, machine, pp * (world_size // grid.pp)) for pp in ranks_that_differ(config)]
+    each = [_RankTimes(config, grid, cluster, pp * (world_size // grid.pp)) for pp in ranks_that_differ(config)]
     busiest = max(each, key=lambda rank: sum(rank.micro_batch.values()))
     seconds = {part: accumulated * time for part, time in busiest.micro_batch.items()}
     one = sum(busiest.micro_batch.values())
@@ -147,19 +147,19 @@ def step_time(config: Config, world_size: int, machine: Machine) -> StepTime:
     seconds[PIPELINE] = config.pipeline().bubble * (one + 2 * message) + accumulated * max(0.0, message - one)
     seconds[DATA] = max(rank.data_parallel(one) for rank in each)
     seconds[UPDATE] = max(rank.update for rank in each)
-    gaps = machine.efficiency.gaps
+    gaps = cluster.efficiency.gaps
     seconds[GAPS] = gaps / (1 - gaps) * sum(seconds.values())
     total, tokens = sum(seconds.values()), config.tokens_per_step
     full, _ = flops_per_token(config.model, config.data.seq_length)
-    mfu = full * tokens / total / (world_size * machine.flops(config.train.precision))
+    mfu = full * tokens / total / (world_size * cluster.peak_flops(config.train.precision))
     return StepTime({part: seconds[part] for part in PARTS}, tokens, mfu)
 
 
 class _RankTimes:
     """One rank's times."""
 
-    def __init__(self, config: Config, grid: Grid, machine: Machine, rank: int) -> None:
-        self.config, self.grid, self.machine = config, grid, machine
+    def __init__(self, config: Config, grid: Grid, cluster: Cluster, rank: int) -> None:
+        self.config, self.grid, self.cluster = config, grid, cluster
         self.precision, self.fp8 = config.train.precision, config.kernels.fp8 != "off"
         chunk = config.kernels.loss_chunk_tokens or CHUNK_TOKENS["cuda"]
         self.accumulated = accumulated = config.grad_accum(grid.world_size)
@@ -167,7 +167,7 @@ class _RankTimes:
         """(axis, kind) -> seconds of a step."""
         for (axis, kind, size), number in calls(config, grid.world_size, rank, chunk).items():
             if (ranks := ranks_of(grid, axis)) > 1:
-                self.times[axis, kind] += number * machine.collective(kind, size, ranks, _stride(grid, axis))
+                self.times[axis, kind] += number * cluster.collective(kind, size, ranks, _stride(grid, axis))
         self.message = self._of("pp") / accumulated
         shapes = self._shapes(rank)
         self.micro_batch = {
@@ -178,7 +178,7 @@ class _RankTimes:
         }
         updated = owned_elements(config, grid.world_size, rank)
         update = step_costs(StepShape(config.model, 1, 1, 1, element_bytes(config), True, None, updated))[OPTIMIZER]
-        self.update = machine.seconds(OPTIMIZER, update, self.precision)
+        self.update = cluster.seconds(OPTIMIZER, update, self.precision)
         self.update += self._of("world") + self._of("kv") + self._of("ends")
         if config.optimizer.style == "muon":
             self.update += self._newton_schulz() + self._of("whole")
@@ -224,7 +224,7 @@ class _RankTimes:
             moved = sum(inputs + outputs for inputs, outputs in products) * shape.tokens * shape.part.layers_local
             costs[CASTS] = Cost(0, CAST_MOVES * shape.element_bytes * moved)
         costs[GRADIENTS] = step_costs(shape)[GRADIENTS] * ((1 - HIDDEN_SUMS) / self.accumulated)
-        return sum(self.machine.seconds(part, cost, self.precision, self.fp8) for part, cost in costs.items())
+        return sum(self.cluster.seconds(part, cost, self.precision, self.fp8) for part, cost in costs.items())
 
     def _recompute(self, shape: StepShape) -> float:
         train, (start, stop) = self.config.train, shape.part.layers
@@ -232,14 +232,14 @@ class _RankTimes:
         if train.recompute == "full":
             layers = max(0, min(stop, train.recompute_layers or self.config.model.num_layers) - start)
         costs = recomputed_costs(shape, train.recompute, layers)
-        return sum(self.machine.seconds(part, cost, self.precision, self.fp8) for part, cost in costs.items())
+        return sum(self.cluster.seconds(part, cost, self.precision, self.fp8) for part, cost in costs.items())
 
     def _newton_schulz(self) -> float:
         """Seconds of Muon's products for this rank's equal share of the model's matrices."""
         shapes = (s for name, s in logical_shapes(self.config.model).items() if len(s) == 2 and name != EMBEDDING)
         flops = sum(newton_schulz_flops(*shape) for shape in shapes if self.config.model.vocab_size not in shape)
         cost = Cost(flops / (self.grid.whole * self.grid.pp))
-        return self.machine.seconds(HEAD_PRODUCTS, cost, self.config.optimizer.newton_schulz)
+        return self.cluster.seconds(HEAD_PRODUCTS, cost, self.config.optimizer.newton_schulz)
 
 
 def _stride(grid: Grid, axis: str) -> int:

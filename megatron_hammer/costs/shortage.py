@@ -30,7 +30,7 @@ from megatron_hammer.costs.layouts import (
     with_layout,
 )
 from megatron_hammer.costs.rank_costs import GIB
-from megatron_hammer.costs.rank_speed import Machine
+from megatron_hammer.costs.rank_speed import Cluster
 
 SUGGESTED = 3
 ANOTHER = "H100"  # by whose rates changes are compared where the table has none of the device
@@ -101,13 +101,13 @@ def _needs(config: Config, world_size: int, name: str, size: int | None) -> tupl
     """Which rank needs most, its bytes, these by part, and the remedy: the changes that would fit."""
     config = config.largest
     gpu = find_gpu(name)
-    machine = Machine(name, gpu if gpu is not None and gpu.peak(config.train.precision) else GPUS[ANOTHER])
-    now = need_of(config, world_size, machine)
+    cluster = Cluster(name, gpu if gpu is not None and gpu.peak(config.train.precision) else GPUS[ANOTHER])
+    now = need_of(config, world_size, cluster)
     parts = ", ".join(f"{part} {amount / GIB:,.2f}" for part, amount in now.memory.items() if amount)
     limit = BELOW_PREDICTION * now.bytes
     limit = limit if size is None else min(limit, (1 - HEADROOM) * size)
     whose = "a rank" if config.parallel.pipeline_model_parallel_size == 1 else f"pipeline rank {now.pp_rank}"
-    changes = cheapest_changes(config, world_size, machine, limit)
+    changes = cheapest_changes(config, world_size, cluster, limit)
     described = "; ".join(f"({i}) {_described(config, now, layout)}" for i, layout in enumerate(changes, start=1))
     remedy = (
         f"use one of these, the fastest first: {described}"
@@ -117,12 +117,12 @@ def _needs(config: Config, world_size: int, name: str, size: int | None) -> tupl
     return whose, now.bytes, parts, remedy
 
 
-def cheapest_changes(config: Config, world_size: int, machine: Machine, limit: float) -> list[PlannedLayout]:
+def cheapest_changes(config: Config, world_size: int, cluster: Cluster, limit: float) -> list[PlannedLayout]:
     """The fastest layouts near this one that need at most ``limit`` bytes, none with a change that is not needed."""
     fitting = []
     for changed in _neighbours(config, world_size):
         if changed != config and refusal(changed, world_size) is None:
-            layout = need_of(changed, world_size, machine)
+            layout = need_of(changed, world_size, cluster)
             if layout.bytes <= limit:
                 fitting.append(layout)
     fitting.sort(key=lambda layout: (layout.time.total / layout.time.tokens, len(_changes(config, layout.config))))

@@ -32,7 +32,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import KernelsConfig
 from megatron_hammer.kernels import wide_products
-from megatron_hammer.kernels.linear import PLAIN, Gradient, GraphProducts, Products, accumulate_in_graph
+from megatron_hammer.kernels.linear import PLAIN, Gradient, GraphProducts, Products, write_or_add_in_graph
 from megatron_hammer.kernels.native import autograd as fused
 from megatron_hammer.kernels.native import cuda
 from megatron_hammer.kernels.wide_products import WideGraphProducts, WideProducts
@@ -224,7 +224,7 @@ class Fp8GraphProducts(Fp8Products, GraphProducts):
 
     def wgrad_in_graph(self, gradient: Gradient, grad: Operand, kept: tuple[Tensor, ...]) -> None:
         product = self.multiply(grad.columns, grad.scale, *kept, gradient.main_grad.dtype, False)
-        accumulate_in_graph(gradient.main_grad, gradient.begun, product)
+        write_or_add_in_graph(gradient.main_grad, gradient.begun, product)
 
 
 def select_products(

@@ -254,10 +254,10 @@ def add_wgrad(grad_y: Tensor, x: Tensor, place: Tensor, begun: bool) -> None:
     else:
         rows = max(1, BLOCK_ELEMENTS // x.shape[1])
         for i in range(0, place.shape[0], rows):
-            accumulate(torch.mm(transposed[i : i + rows], x), place[i : i + rows], begun)
+            write_or_add(torch.mm(transposed[i : i + rows], x), place[i : i + rows], begun)
 
 
-def accumulate(values: Tensor, place: Tensor, begun: bool) -> None:
+def write_or_add(values: Tensor, place: Tensor, begun: bool) -> None:
     """place = values, or += where it has begun: 16 bits to fp32 on a CPU in half of torch's time by our kernels."""
     if not begun:
         place.copy_(values)
@@ -280,9 +280,9 @@ class _Stored(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
         gradient, (grad,) = ctx.gradient, grads
         if torch.compiler.is_compiling():
-            accumulate_in_graph(gradient.main_grad, gradient.begun, grad)
+            write_or_add_in_graph(gradient.main_grad, gradient.begun, grad)
         else:
-            gradient.add(partial(accumulate, grad))
+            gradient.add(partial(write_or_add, grad))
         return None, None
 
 
@@ -430,11 +430,11 @@ def add_wgrad_in_graph(place: Tensor, begun: Tensor, grad_y: Tensor, x: Tensor) 
     add_wgrad(grad_y, x, place, bool(begun))
 
 
-@torch.library.custom_op("megatron_hammer::accumulate", mutates_args={"place"})
-def accumulate_in_graph(place: Tensor, begun: Tensor, values: Tensor) -> None:
-    """``accumulate``; begun: bool scalar on the host."""
-    accumulate(values, place, bool(begun))
+@torch.library.custom_op("megatron_hammer::write_or_add", mutates_args={"place"})
+def write_or_add_in_graph(place: Tensor, begun: Tensor, values: Tensor) -> None:
+    """``write_or_add``; begun: bool scalar on the host."""
+    write_or_add(values, place, bool(begun))
 
 
 add_wgrad_in_graph.register_fake(lambda place, begun, grad_y, x: None)
-accumulate_in_graph.register_fake(lambda place, begun, values: None)
+write_or_add_in_graph.register_fake(lambda place, begun, values: None)

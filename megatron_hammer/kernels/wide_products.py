@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.base.system import processor_text
-from megatron_hammer.kernels.linear import Gradient, GraphProducts, Products, accumulate
+from megatron_hammer.kernels.linear import Gradient, GraphProducts, Products, write_or_add
 from megatron_hammer.kernels.native.cpu import empty
 from megatron_hammer.kernels.newton_schulz import has_quick_bf16
 
@@ -101,7 +101,7 @@ class WideProducts(Products):
                 torch.addmm(part, block.t(), wide, beta=int(begun), out=part)
                 continue
             product = torch.mm(block.t(), wide, out=SCRATCH.result[: part.numel()].view(part.shape))
-            accumulate(product, part, begun)
+            write_or_add(product, part, begun)
 
 
 # ---- in the graph of a compiled layer: operations that the compiler calls and does not look into --------------------

@@ -41,8 +41,8 @@ _ELEMENT_BYTES, _FRAME_BYTES = 16, 2**20  # more than any type has, and than tor
 _PREFIXES = ("", "model.", "model.module.", "model.module.module.")
 
 
-class DistributedSource:
-    """The tensors of a checkpoint, by global shape.
+class DistributedReader:
+    """Reads the tensors of a ``torch_dist`` checkpoint, by global shape (``importing.MegatronCheckpoint``).
 
     Raises:
         CheckpointError: a file is missing or damaged, or is no such checkpoint.
@@ -83,7 +83,7 @@ class DistributedSource:
     def _below(self, prefix: str) -> dict[str, StoredTensor]:
         return {key.removeprefix(prefix): value for key, value in self._all.items() if key.startswith(prefix)}
 
-    def of_optimizer(self, kind: str) -> DistributedSource:
+    def of_optimizer(self, kind: str) -> DistributedReader:
         """The tensors of one kind (param, exp_avg, exp_avg_sq), fully_reshardable, under the names of the model's."""
         view = copy(self)
         view._prefix = f"optimizer.state.{kind}.{self._prefix}"

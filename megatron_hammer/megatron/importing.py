@@ -37,7 +37,7 @@ from megatron_hammer.config import ModelConfig, config_to_tree, to_yaml
 from megatron_hammer.huggingface.certificate import compare, our_logits
 from megatron_hammer.huggingface.config import CONFIG, TOKEN_IDS, check_vocabulary, read_json
 from megatron_hammer.huggingface.transformers_model import load_causal
-from megatron_hammer.megatron.distributed import FULLY_RESHARDABLE, DistributedSource
+from megatron_hammer.megatron.distributed import FULLY_RESHARDABLE, DistributedReader
 from megatron_hammer.megatron.layout import (
     EMBEDDING_THERE,
     OUTPUT_THERE,
@@ -48,7 +48,7 @@ from megatron_hammer.megatron.layout import (
     rows_of_part,
     tensor_place,
 )
-from megatron_hammer.megatron.legacy import LegacySource
+from megatron_hammer.megatron.legacy import LegacyReader
 from megatron_hammer.megatron.resuming import KINDS_THERE, resumable
 from megatron_hammer.model.parameters import logical_shapes
 from megatron_hammer.tokenizer.interface import Tokenizer
@@ -61,7 +61,7 @@ _TWIN_TOKENS = 64
 
 
 class MegatronCheckpoint(Protocol):
-    """A checkpoint in either layout."""
+    """A checkpoint, by the reader of its layout."""
 
     kind: str
     folder: Path
@@ -83,7 +83,7 @@ class MegatronCheckpoint(Protocol):
         """A whole tensor, padding included."""
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_iteration(path: Path) -> Path:
     """The folder of one iteration: the path itself, or the newest of a run.
 
     Raises:
@@ -105,17 +105,17 @@ def find_checkpoint(path: Path) -> Path:
     name = text if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else ""
     if not _ITERATION.fullmatch(name) or not (path / name).is_dir():
         raise CheckpointError(30, f"{tracker}: {text[:40]!r}", "names no checkpoint that is there", remedy)
-    return find_checkpoint(path / name)
+    return find_iteration(path / name)
 
 
-def open_source(folder: Path) -> MegatronCheckpoint:
-    """The checkpoint in a folder, in whichever layout.
+def open_reader(folder: Path) -> MegatronCheckpoint:
+    """The reader of the checkpoint in a folder, in whichever layout.
 
     Raises:
         CheckpointError: E430 another layout, or what reading it raises.
     """
     if not (folder / "metadata.json").is_file():
-        return LegacySource(folder)
+        return LegacyReader(folder)
     try:
         tree = parse_json(read_regular(folder / "metadata.json", follow=False))
     except ValueError:
@@ -124,7 +124,7 @@ def open_source(folder: Path) -> MegatronCheckpoint:
     if backend != "torch_dist":
         remedy = "save it with --ckpt-format torch_dist"
         raise CheckpointError(30, f"{folder / 'metadata.json'}: sharded_backend={backend}", "is not torch_dist", remedy)
-    return DistributedSource(folder)
+    return DistributedReader(folder)
 
 
 def import_megatron(
@@ -149,44 +149,44 @@ def import_megatron(
         RefusedError: E527 ``save`` holds something else; E520 the logits are not those of the twin.
     """
     refuse_taken(Path(save), "--save")
-    source = open_source(find_checkpoint(Path(load)))
-    padded = source.rows(EMBEDDING_THERE) if (EMBEDDING_THERE, None) in set(source.names()) else 0
+    reader = open_reader(find_iteration(Path(load)))
+    padded = reader.rows(EMBEDDING_THERE) if (EMBEDDING_THERE, None) in set(reader.names()) else 0
     if not padded:
         raise CheckpointError(
-            34, f"{source.folder}: {EMBEDDING_THERE}", "is missing", "name a checkpoint of a GPT model"
+            34, f"{reader.folder}: {EMBEDDING_THERE}", "is missing", "name a checkpoint of a GPT model"
         )
     tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
-    rows = true_vocabulary(source, padded, tokenizer, vocab_size, twin, note)
-    model = model_of(source.args, rows, str(source.folder))
+    rows = true_vocabulary(reader, padded, tokenizer, vocab_size, twin, note)
+    model = model_of(reader.args, rows, str(reader.folder))
     if tokenizer is not None:
         check_vocabulary(tokenizer, model)
-    slices = _slices(source, model)
+    slices = _slices(reader, model)
     weights_dtype = common_dtype(piece.dtype for piece in slices)
-    resumed = resumable(source, model) if with_optimizer else None
+    resumed = resumable(reader, model) if with_optimizer else None
     if resumed is not None:
         slices = [
             piece
             for kind, theirs in KINDS_THERE.items()
-            for piece in _slices(resumed.source.of_optimizer(theirs), model, kind)
+            for piece in _slices(resumed.reader.of_optimizer(theirs), model, kind)
         ]
     cut = f"{padded - rows} padding rows of {padded} are cut off"
-    note(f"{source.folder}: {source.kind}, iteration {source.iteration}; {cut}")
-    if source.optimizer and resumed is None:
-        more = " (--optimizer does)" if FULLY_RESHARDABLE in source.optimizer else ""
-        note(f"optimizer state {source.optimizer}: it is not taken over, weights alone are{more}")
+    note(f"{reader.folder}: {reader.kind}, iteration {reader.iteration}; {cut}")
+    if reader.optimizer and resumed is None:
+        more = " (--optimizer does)" if FULLY_RESHARDABLE in reader.optimizer else ""
+        note(f"optimizer state {reader.optimizer}: it is not taken over, weights alone are{more}")
     target = write_first_checkpoint(
         Path(save) / "checkpoints",
         slices,
         model=model,
         state={
             "token_ids": {key: getattr(tokenizer, role, None) for key, role in TOKEN_IDS.items()},
-            "megatron": {"iteration": source.iteration, "format": source.kind},
+            "megatron": {"iteration": reader.iteration, "format": reader.kind},
             **({} if resumed is None else resumed.state),
         },
         weights_dtype=weights_dtype,
         tokenizer=tokenizer,
         watch=lambda items: track(items, "merging weights", len(items), "tensors"),
-        step=0 if resumed is None else source.iteration,
+        step=0 if resumed is None else reader.iteration,
         config_tree=None if resumed is None else config_to_tree(resumed.config),
     )
     if twin is not None:
@@ -205,7 +205,7 @@ def import_megatron(
 
 
 def true_vocabulary(
-    source: MegatronCheckpoint,
+    reader: MegatronCheckpoint,
     padded: int,
     tokenizer: Tokenizer | None,
     vocab_size: int | None,
@@ -222,8 +222,8 @@ def true_vocabulary(
         said = read_json(Path(twin) / CONFIG).get("vocab_size")
     if said is None and tokenizer is not None:
         said = tokenizer.vocab_size
-    if said is None and type(source.args.get("vocab_size")) is int:
-        said = source.args["vocab_size"]
+    if said is None and type(reader.args.get("vocab_size")) is int:
+        said = reader.args["vocab_size"]
     if said is None:
         note(f"nothing says how many of the {padded} rows of the vocabulary are padding: all are kept (--vocab-size)")
         return padded
@@ -236,39 +236,39 @@ def true_vocabulary(
 class _Merged:
     """The merged tensor that was asked for last: q, k and v follow each other."""
 
-    def __init__(self, source: MegatronCheckpoint) -> None:
-        self._source, self._last = source, ("", -1, torch.empty(0))
+    def __init__(self, reader: MegatronCheckpoint) -> None:
+        self._reader, self._last = reader, ("", -1, torch.empty(0))
 
     def __call__(self, name: str, layer: int | None) -> Tensor:
         if self._last[:2] != (name, layer):
             self._last = ("", -1, torch.empty(0))  # one at a time
-            self._last = (name, layer, self._source.tensor(name, layer))  # type: ignore[assignment]
+            self._last = (name, layer, self._reader.tensor(name, layer))  # type: ignore[assignment]
         return self._last[2]
 
 
-def _slices(source: MegatronCheckpoint, model: ModelConfig, kind: str = "weight") -> list[SliceToWrite]:
+def _slices(reader: MegatronCheckpoint, model: ModelConfig, kind: str = "weight") -> list[SliceToWrite]:
     """All logical tensors of the model, each with how its bytes come about; all that is there must be used."""
-    there, used = set(source.names()), set[tuple[str, int | None]]()
-    merged, slices = _Merged(source), []
+    there, used = set(reader.names()), set[tuple[str, int | None]]()
+    merged, slices = _Merged(reader), []
     for tensor, shape in logical_shapes(model).items():
         place = tensor_place(tensor)
         found = next(((name, place.layer) for name in place.names if (name, place.layer) in there), None)
         if found is None:
             shown = full_name(place.names[0], place.layer)
-            raise CheckpointError(34, f"{source.folder}: {shown}", "is missing", "restore the checkpoint")
+            raise CheckpointError(34, f"{reader.folder}: {shown}", "is missing", "restore the checkpoint")
         used.add(found)
-        dtype = DTYPE_NAMES.get(source.dtype(*found))
+        dtype = DTYPE_NAMES.get(reader.dtype(*found))
         if dtype is None:
-            rule = f"is of type {source.dtype(*found)}: only {', '.join(DTYPE_NAMES.values())} can be converted"
+            rule = f"is of type {reader.dtype(*found)}: only {', '.join(DTYPE_NAMES.values())} can be converted"
             remedy = "save the model in one of these types"
-            raise CheckpointError(34, f"{source.folder}: {full_name(*found)}", rule, remedy)
+            raise CheckpointError(34, f"{reader.folder}: {full_name(*found)}", rule, remedy)
         cols = (0, shape[1]) if len(shape) == 2 else None
-        read = partial(_part, source, merged, found, place, model, shape)
+        read = partial(_part, reader, merged, found, place, model, shape)
         slices.append(SliceToWrite(tensor, kind, (0, shape[0]), cols, shape, dtype, _chunks(read)))
     for name, layer in sorted(there - used, key=str):
         if not (name.endswith(_COMPUTED) or (name == OUTPUT_THERE and model.tie_word_embeddings)):
             rule = "is no tensor of the model that the arguments describe"
-            raise CheckpointError(34, f"{source.folder}: {full_name(name, layer)}", rule, "convert a Llama-like model")
+            raise CheckpointError(34, f"{reader.folder}: {full_name(name, layer)}", rule, "convert a Llama-like model")
     return slices
 
 
@@ -277,7 +277,7 @@ def _chunks(read: Callable[[], Tensor]) -> Callable[[], Iterable[Any]]:
 
 
 def _part(
-    source: MegatronCheckpoint,
+    reader: MegatronCheckpoint,
     merged: _Merged,
     found: tuple[str, int | None],
     place: MegatronTensor,
@@ -291,7 +291,7 @@ def _part(
     expected = rows if rows is not None else (whole.shape[0] if place.part == "vocabulary" else shape[0])
     if tuple(whole.shape) != (expected, *shape[1:]) or whole.shape[0] < least:
         rule = f"has the shape {list(whole.shape)}, where the arguments ask for {[expected, *shape[1:]]}"
-        raise CheckpointError(34, f"{source.folder}: {full_name(*found)}", rule, "restore the checkpoint")
+        raise CheckpointError(34, f"{reader.folder}: {full_name(*found)}", rule, "restore the checkpoint")
     return torch.cat([whole[first:last] for first, last in rows_of_part(place.part, whole.shape[0], model)])
 
 

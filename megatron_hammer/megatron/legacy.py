@@ -32,8 +32,8 @@ _SCALARS, _LONGEST_TEXT = (bool, int, float, str, type(None)), 1_000
 _COPIED = ("linear_proj.bias", "linear_fc2.bias", "norm.weight", "layer_norm_weight", "norm.bias", "layer_norm_bias")
 
 
-class LegacySource:
-    """The tensors of a checkpoint, merged.
+class LegacyReader:
+    """Reads the tensors of an ``mp_rank_*`` checkpoint, merged (``importing.MegatronCheckpoint``).
 
     Raises:
         CheckpointError: a rank is missing, a file cannot be read, or ranks contradict each other.

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError
 from megatron_hammer.config import Config, ModelConfig, OptimizerConfig, config_from_tree
-from megatron_hammer.megatron.distributed import FULLY_RESHARDABLE, DistributedSource
-from megatron_hammer.megatron.legacy import LegacySource
+from megatron_hammer.megatron.distributed import FULLY_RESHARDABLE, DistributedReader
+from megatron_hammer.megatron.legacy import LegacyReader
 
 KINDS_THERE = {"weight": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 """Our kinds of tensors, and theirs."""
@@ -41,30 +41,30 @@ _NUMBERS = {  # theirs -> our setting
 class Resumable:
     """What a checkpoint with its optimizer has more."""
 
-    source: DistributedSource
+    reader: DistributedReader
     config: Config
     """Of the run that goes on."""
     state: dict[str, Any]
     """For the manifest."""
 
 
-def resumable(source: LegacySource | DistributedSource | Any, model: ModelConfig) -> Resumable:
+def resumable(reader: LegacyReader | DistributedReader | Any, model: ModelConfig) -> Resumable:
     """The rest of a checkpoint's state.
 
     Raises:
         CheckpointError: E430 the optimizer is in another format; E432, E434 settings that ours lacks, or none.
     """
-    if not isinstance(source, DistributedSource) or FULLY_RESHARDABLE not in source.optimizer:
-        found = f"is {source.optimizer}" if source.optimizer else "is not there"
+    if not isinstance(reader, DistributedReader) or FULLY_RESHARDABLE not in reader.optimizer:
+        found = f"is {reader.optimizer}" if reader.optimizer else "is not there"
         remedy = "save with --dist-ckpt-optim-fully-reshardable, or leave --optimizer out for the weights alone"
         rule = f"{found}; only {FULLY_RESHARDABLE} is read"
-        raise CheckpointError(30, f"{source.folder}: the optimizer's state", rule, remedy)
-    where, args = str(source.folder), source.args
-    updates = _updates(source.common.get("optimizer"))
+        raise CheckpointError(30, f"{reader.folder}: the optimizer's state", rule, remedy)
+    where, args = str(reader.folder), reader.args
+    updates = _updates(reader.common.get("optimizer"))
     if updates is None:
         raise CheckpointError(34, f"{where}: the optimizer's step", "is missing in common.pt", "leave --optimizer out")
     consumed = args.get("consumed_train_samples")
-    if type(consumed) is not int or not 0 <= consumed < 2**53 or source.iteration < 1:
+    if type(consumed) is not int or not 0 <= consumed < 2**53 or reader.iteration < 1:
         rule = "must be a whole number, and the iteration at least 1"
         raise CheckpointError(
             34, f"{where}: args.consumed_train_samples={str(consumed)[:80]}", rule, "leave --optimizer out"
@@ -73,7 +73,7 @@ def resumable(source: LegacySource | DistributedSource | Any, model: ModelConfig
     config = _config(args, model, where)
     if config.train.precision != "fp16":
         scalars["loss_scale"] = 1.0
-    return Resumable(source, config, {"consumed_samples": consumed, "samples_digest": "", "optimizer": scalars})
+    return Resumable(reader, config, {"consumed_samples": consumed, "samples_digest": "", "optimizer": scalars})
 
 
 def _updates(optimizer: Any) -> int | None:

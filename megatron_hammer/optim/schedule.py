@@ -20,7 +20,7 @@ from megatron_hammer.config import Config
 
 
 @dataclass(frozen=True)
-class Shape:
+class ScheduleLengths:
     """The lengths of a schedule with their defaults filled in, in steps."""
 
     warmup: int
@@ -28,16 +28,16 @@ class Shape:
     anneal: int
 
 
-def shape(config: Config) -> Shape:
+def schedule_lengths(config: Config) -> ScheduleLengths:
     """The lengths that a config's schedule has; what is absent follows from ``train.num_steps``."""
     schedule, num_steps = config.schedule, config.train.num_steps
     horizon = max(schedule.decay_steps or num_steps, config.warmup_steps)
-    return Shape(config.warmup_steps, horizon, schedule.anneal_steps or max(1, horizon // 10))
+    return ScheduleLengths(config.warmup_steps, horizon, schedule.anneal_steps or max(1, horizon // 10))
 
 
 def learning_rate(config: Config, step: int) -> float:
     """Learning rate of ``step`` (1 is the first)."""
-    peak, floor, lengths = config.optimizer.lr, config.optimizer.min_lr, shape(config)
+    peak, floor, lengths = config.optimizer.lr, config.optimizer.min_lr, schedule_lengths(config)
     warmup, horizon = lengths.warmup, lengths.horizon
     if step < warmup:
         return peak * step / warmup

@@ -52,7 +52,7 @@ Sharded = Literal["optimizer", "gradients", "weights"]
 Result = TypeVar("Result")
 
 
-class Watch(Protocol):
+class GradientWatch(Protocol):
     """An observer that is shown the gradients of a micro-batch before they are reduced (``train/corruption.py``)."""
 
     @property
@@ -171,7 +171,7 @@ class FlatStore:
         self._reducing: Bucket | None = None
         self.version = 0
         self.first = self.last = False
-        self.watch: Watch | None = None
+        self.watch: GradientWatch | None = None
         self.begun = torch.tensor(False)
         self._counted = self.counted()
         self._shared = {over: list(self._slices_summed_over(over)) for over in ("tp", "kv", "stages")}
@@ -249,7 +249,7 @@ class FlatStore:
         all_reduce(total, self.ctx.dp)
         return total
 
-    def begin(self, first: bool, last: bool, watch: Watch | None = None) -> None:
+    def begin(self, first: bool, last: bool, watch: GradientWatch | None = None) -> None:
         """Say which micro-batch of the step comes; after the last one's backward the reduction is under way.
 
         Args:

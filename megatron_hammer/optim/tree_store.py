@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_hammer.kernels.ranges import RangeOf, no_range
 from megatron_hammer.optim.layout import Bucket, Row
-from megatron_hammer.optim.store import FlatStore, Watch, sum_in_one_message
+from megatron_hammer.optim.store import FlatStore, GradientWatch, sum_in_one_message
 from megatron_hammer.parallel.collectives import all_reduce, start_exchange
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.tree import fold, sum_over_copies, tree_sum, turns
@@ -80,7 +80,7 @@ class TreeStore(FlatStore):
     def total(self, values: Sequence[Tensor]) -> Tensor:
         return tree_sum(values, self.ctx.dp)
 
-    def begin(self, first: bool, last: bool, watch: Watch | None = None) -> None:
+    def begin(self, first: bool, last: bool, watch: GradientWatch | None = None) -> None:
         if watch is not None and watch.alone:
             return super().begin(True, last, watch)  # no leaf of the tree
         if first:

@@ -191,7 +191,7 @@ def largest_instants(pipeline: Pipeline, micro_batches: int) -> tuple[Instant, .
 
 
 class LayerSizes(ModelSizes, Protocol):
-    """What the costs need of ``config.ModelConfig``: global sizes."""
+    """What ``TokenFlops`` needs of ``config.ModelConfig``: global sizes."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -202,15 +202,15 @@ class LayerSizes(ModelSizes, Protocol):
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What a token costs in each part of the model, forward and backward, in FLOPs or what takes as long."""
+class TokenFlops:
+    """FLOPs of a token in each part of the model, forward and backward; of the embedding, what takes as long."""
 
     embedding: float
     layers: tuple[float, ...]
     head: float
 
     @classmethod
-    def of(cls, model: LayerSizes, seq_length: int, recomputed_layers: int = 0) -> Costs:
+    def of(cls, model: LayerSizes, seq_length: int, recomputed_layers: int = 0) -> TokenFlops:
         """Matrix products, causal attention, and of the embedding its memory traffic (``costs/budget.py``).
 
         Args:
@@ -238,7 +238,7 @@ class Costs:
 
 
 @lru_cache
-def split_layers(costs: Costs, num_stages: int) -> tuple[int, ...]:
+def split_layers(flops: TokenFlops, num_stages: int) -> tuple[int, ...]:
     """Layers of each stage, so that the stage with most work has as little as possible.
 
     Each has one at least, but the last, whose head may be work enough.
@@ -247,12 +247,12 @@ def split_layers(costs: Costs, num_stages: int) -> tuple[int, ...]:
     these the one with fewer layers in the earlier stages, which keep more micro-batches. By dynamic programming over
     (stages, layers): layers that are recomputed cost more than others.
     """
-    count = len(costs.layers)
+    count = len(flops.layers)
     assert 1 <= num_stages <= count, f"{count} layers in {num_stages} stages"
-    before = [sum(costs.layers[:i]) for i in range(count + 1)]
+    before = [sum(flops.layers[:i]) for i in range(count + 1)]
 
     def cost(stage: int, start: int, stop: int) -> float:
-        ends = (costs.embedding if stage == 0 else 0.0) + (costs.head if stage == num_stages - 1 else 0.0)
+        ends = (flops.embedding if stage == 0 else 0.0) + (flops.head if stage == num_stages - 1 else 0.0)
         return before[stop] - before[start] + ends
 
     def stops(stage: int, start: int) -> Iterator[int]:

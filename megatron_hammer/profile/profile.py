@@ -381,7 +381,7 @@ def _report(
         "limit_ms": limit_ms,
         "rates": rates
         and {
-            "tflops": rates.flops / 1e12,
+            "tflops": rates.flops_per_second / 1e12,
             "gb_per_second": rates.bandwidth / 1e9,
             "measured": [n for n in ("flops", "bandwidth") if getattr(options, n) is None],
         },

@@ -39,7 +39,7 @@ from megatron_hammer.supervise.outcome import (
 )
 from megatron_hammer.supervise.rank import rank_main
 from megatron_hammer.supervise.restart import Restarts
-from megatron_hammer.supervise.watch import GRACE_SECONDS, Failure, Rank, forward_signal, kill, watch
+from megatron_hammer.supervise.watch import GRACE_SECONDS, Failure, RankProcess, forward_signal, kill, watch
 
 ORPHAN_ROUNDS = 20  # of orphans' own children, which come to the launcher one after the other
 
@@ -72,7 +72,7 @@ def run_ranks(
     place = None if meeting is None else (meeting.address, meeting.port)
     _set_environment(node, meeting)
     spawn = multiprocessing.get_context("spawn")
-    ranks: list[Rank] = []
+    ranks: list[RankProcess] = []
     numbers = range(node.node_rank * node.nproc, (node.node_rank + 1) * node.nproc)
     board, received, alone = Board(node.nproc), list[int](), node.nnodes == 1
     observer = Observer(board, numbers, config.parallel.timeout_seconds, alone=alone)
@@ -105,7 +105,7 @@ def run_ranks(
             process = spawn.Process(target=rank_main, args=arguments, name=f"rank {rank}")
             process.start()
             rank_end.close()  # the rank's copy is the only one left: its death closes the pipe
-            ranks.append(Rank(rank, process, pipe))
+            ranks.append(RankProcess(rank, process, pipe))
         on_signals((STACKS_SIGNAL,), lambda *_: observer.ask())
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         for number in tuple(received):  # while ranks were started

@@ -30,8 +30,8 @@ POLL_SECONDS = 0.5  # longest sleep of the watching loop: bounds how late a dead
 
 
 @dataclass
-class Rank:
-    """One started rank, as the launcher sees it."""
+class RankProcess:
+    """The process of one started rank, as the launcher sees it."""
 
     rank: int
     process: SpawnProcess
@@ -70,7 +70,7 @@ class Failure:
     """That died without a word of its own."""
 
 
-def forward_signal(ranks: Sequence[Rank], signum: int) -> None:
+def forward_signal(ranks: Sequence[RankProcess], signum: int) -> None:
     """Pass a signal on to every rank that lives."""
     for rank in ranks:
         if rank.process.is_alive():
@@ -79,7 +79,7 @@ def forward_signal(ranks: Sequence[Rank], signum: int) -> None:
 
 
 def watch(
-    ranks: Sequence[Rank],
+    ranks: Sequence[RankProcess],
     failed_elsewhere: Callable[[], bool],
     timeout_seconds: float,
     observer: Observer,
@@ -131,12 +131,12 @@ def watch(
     return _cause(ranks, observer)
 
 
-def _end_hung(ranks: Sequence[Rank], error: HammerError, stacks: str) -> Failure:
+def _end_hung(ranks: Sequence[RankProcess], error: HammerError, stacks: str) -> Failure:
     kill(ranks)
     return Failure(0, 0, error, stacks)
 
 
-def _cause(ranks: Sequence[Rank], observer: Observer) -> Failure | None:
+def _cause(ranks: Sequence[RankProcess], observer: Observer) -> Failure | None:
     """The failure to which the others give way, with what its rank wrote when it died."""
     first_report = min((r.report["time"] for r in ranks if r.report is not None), default=math.inf)
     found = [f for r in ranks if (f := _failure(r)) is not None]
@@ -147,7 +147,7 @@ def _cause(ranks: Sequence[Rank], observer: Observer) -> Failure | None:
     return replace(cause, traceback=observer.last_stack(cause.rank))
 
 
-def _listen(rank: Rank) -> None:
+def _listen(rank: RankProcess) -> None:
     """Take the rank's report, if there is one, and note its end."""
     if not rank.pipe.closed and rank.pipe.poll():
         try:
@@ -158,7 +158,7 @@ def _listen(rank: Rank) -> None:
         rank.ended_at = time.monotonic()
 
 
-def _failure(rank: Rank) -> Failure | None:
+def _failure(rank: RankProcess) -> Failure | None:
     """What this rank contributes to the search for the cause.
 
     0: a user's mistake, said by the rank itself. 1: killed from outside or by a bad access; an exception that nobody
@@ -196,7 +196,7 @@ def _failure(rank: Rank) -> Failure | None:
     return Failure(2, rank.ended_at, error)
 
 
-def kill(ranks: Sequence[Rank]) -> list[str]:
+def kill(ranks: Sequence[RankProcess]) -> list[str]:
     """End what still lives, at once and for certain. Checkpoints are safe: they are committed by a rename.
 
     Returns:

@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_hammer.base.errors import ConfigError, RefusedError
 from megatron_hammer.config import Config, Effect, config_to_tree, setting_effects
-from megatron_hammer.optim.schedule import learning_rate, shape
+from megatron_hammer.optim.schedule import learning_rate, schedule_lengths
 from megatron_hammer.train.identity import DataIdentity, DatasetIdentity, pair_up
 from megatron_hammer.train.past import SAME_SHARE, Pasts, phases_to_paste
 
@@ -90,8 +90,8 @@ def hold_horizon(config: Config, saved: Config) -> tuple[Config, list[str]]:
     """
     if config.schedule.decay_steps is not None or "constant" in (config.schedule.style, saved.schedule.style):
         return config, []
-    horizon, warmup = shape(saved).horizon, config.schedule.warmup_steps
-    if shape(saved).warmup == horizon < warmup:  # the warm-up was cut to the length of the run
+    horizon, warmup = schedule_lengths(saved).horizon, config.schedule.warmup_steps
+    if schedule_lengths(saved).warmup == horizon < warmup:  # the warm-up was cut to the length of the run
         warmup = horizon
     schedule = dataclasses.replace(config.schedule, decay_steps=horizon, warmup_steps=warmup)
     held = dataclasses.replace(config, schedule=schedule)
@@ -128,7 +128,7 @@ def _in_effect(config: Config) -> dict[str, Any]:
     """Setting -> the value that a step uses: defaults filled in, None for what is not used."""
     tree = config_to_tree(config)
     values = {f"{group}.{name}": value for group, fields in tree.items() for name, value in fields.items()}
-    lengths, style = shape(config), config.schedule.style
+    lengths, style = schedule_lengths(config), config.schedule.style
     values["schedule.warmup_steps"] = lengths.warmup
     values["schedule.decay_steps"] = None if style == "constant" else lengths.horizon
     values["schedule.anneal_steps"] = lengths.anneal if style == "wsd" else None

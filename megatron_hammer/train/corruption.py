@@ -82,7 +82,7 @@ class CorruptionReport:
 
 
 class Pass:
-    """One of the two runs of the first micro-batch (``Watch`` in ``optim/store.py``)."""
+    """One of the two runs of the first micro-batch (``GradientWatch`` in ``optim/store.py``)."""
 
     def __init__(self, check: CorruptionCheck, alone: bool) -> None:
         self._check, self.alone = check, alone

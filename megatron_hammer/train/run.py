@@ -160,7 +160,7 @@ def pipeline_lines(config: Config, world_size: int) -> list[str]:
     pipeline, split = config.pipeline(), config.layer_split()
     if pipeline.ranks == 1:
         return []
-    imbalance, accumulated = config.stage_costs().imbalance(split, pipeline.ranks), config.grad_accum(world_size)
+    imbalance, accumulated = config.token_flops().imbalance(split, pipeline.ranks), config.grad_accum(world_size)
     whose = "by work" if config.parallel.pipeline_split is None else "parallel.pipeline_split"
     several = "" if pipeline.stages_per_rank == 1 else f", {pipeline.stages_per_rank} on each rank"
     return [

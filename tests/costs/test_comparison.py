@@ -13,7 +13,7 @@ from megatron_hammer.costs import comparison as comparison_module
 from megatron_hammer.costs.comparison import Prediction
 from megatron_hammer.costs.gpus import GPUS
 from megatron_hammer.costs.rank_costs import GIB
-from megatron_hammer.costs.rank_speed import Machine, step_time
+from megatron_hammer.costs.rank_speed import Cluster, step_time
 from megatron_hammer.train.run import run_rank
 from tests.costs.test_rank_peak import make
 from tests.train.runs import config_for, overrides
@@ -76,8 +76,8 @@ def test_a_run_predicts_once_and_is_held_against_it_once(
 
 def test_more_links_and_faster_ones_are_never_slower() -> None:
     config, world = make("8B", 2, tensor_model_parallel_size=4, sequence_parallel=True)
-    slow, fast = (Machine("x", replace(GPUS["H100"], link=link)) for link in (25.0, 450.0))
-    times = [step_time(config, world, machine) for machine in (slow, fast)]
+    slow, fast = (Cluster("x", replace(GPUS["H100"], link=link)) for link in (25.0, 450.0))
+    times = [step_time(config, world, cluster) for cluster in (slow, fast)]
     assert times[0].seconds["TP"] > 5 * times[1].seconds["TP"]
     assert times[0].seconds["compute"] == times[1].seconds["compute"]
     assert sum(times[1].seconds.values()) == pytest.approx(times[1].total) and 0.2 < times[1].mfu < 0.8

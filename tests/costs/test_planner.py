@@ -20,7 +20,7 @@ from megatron_hammer.costs.layouts import need_of, precision_of, shard_of, with_
 from megatron_hammer.costs.plan_report import WIDTH, draw_plan, plan_table
 from megatron_hammer.costs.planner import LayoutPlan, PlanRequest, chosen_config, plan_layouts, plan_to_tree
 from megatron_hammer.costs.rank_costs import GIB
-from megatron_hammer.costs.rank_speed import COMPUTE, PIPELINE, Machine
+from megatron_hammer.costs.rank_speed import COMPUTE, PIPELINE, Cluster
 from tests.model.tiny import tiny_config
 from tests.page_blocks import ROOT, blocks_of
 
@@ -53,9 +53,9 @@ def test_the_fastest_first_and_all_of_them_valid(plan: LayoutPlan) -> None:
 def test_interleaved_stages_wait_less_and_keep_more() -> None:
     """By the formula of parallel/pipeline.py, (p - 1) / v micro-batches; steps without whole groups are refused."""
     config = load_config(CONFIGS / "llama_8b.yaml", ["model.vocab_size=128256"])
-    machine = Machine("H100", GPUS["H100"])
+    cluster = Cluster("H100", GPUS["H100"])
     plain, two, four = (
-        need_of(with_layout(config, 2, 1, 4, stages, "optimizer", "full", 1), 8, machine) for stages in (1, 2, 4)
+        need_of(with_layout(config, 2, 1, 4, stages, "optimizer", "full", 1), 8, cluster) for stages in (1, 2, 4)
     )
     waits = [layout.time.seconds[PIPELINE] for layout in (plain, two, four)]
     assert waits[1] / waits[0] == pytest.approx(1 / 2, rel=0.1) and waits[2] / waits[0] == pytest.approx(1 / 4, rel=0.3)
@@ -154,7 +154,7 @@ def test_each_precision_has_its_own_rate() -> None:
     assert compute["fp32"] > 2 * compute["bf16"]
     slower = dataclasses.replace(long, log=dataclasses.replace(long.log, peak_tflops=6.7))
     plan = plan_layouts(slower, PlanRequest(1, "h100", precision="fp32,bf16"))
-    assert (plan.machine.gpu.peak("fp32"), plan.machine.gpu.peak("bf16")) == (6.7, 989.0)
+    assert (plan.cluster.gpu.peak("fp32"), plan.cluster.gpu.peak("bf16")) == (6.7, 989.0)
     assert any("6.7 in fp32" in line for line in plan_table(plan, 3))
     assert all(gpu.fp32_tflops is not None or gpu.peak_tflops is None for gpu in GPUS.values())
 

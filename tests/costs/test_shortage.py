@@ -15,7 +15,7 @@ from megatron_hammer.base.errors import MemoryShortage, from_exception
 from megatron_hammer.costs.gpus import GPUS
 from megatron_hammer.costs.layouts import need_of
 from megatron_hammer.costs.rank_costs import GIB
-from megatron_hammer.costs.rank_speed import Machine
+from megatron_hammer.costs.rank_speed import Cluster
 from megatron_hammer.costs.shortage import cheapest_changes, explained, refuse_far_too_large, shortage
 from megatron_hammer.parallel.agreement import BeforeStart
 from megatron_hammer.train import run
@@ -46,9 +46,9 @@ def test_the_error_of_a_gpu() -> None:
 
 def test_changes_are_valid_fit_and_change_no_more_than_they_must() -> None:
     config, world = make("8B", 8, micro_batch_size=4)
-    machine = Machine("H100", GPUS["H100"])
-    now = need_of(config, world, machine)
-    found = cheapest_changes(config, world, machine, 0.8 * now.bytes)
+    cluster = Cluster("H100", GPUS["H100"])
+    now = need_of(config, world, cluster)
+    found = cheapest_changes(config, world, cluster, 0.8 * now.bytes)
     assert 0 < len(found) <= 3
     for layout in found:
         layout.config.validate(world)

@@ -32,7 +32,7 @@ from megatron_hammer.corpus.documents import read_texts
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.huggingface.config import model_config_from_hf, read_json
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors
-from megatron_hammer.megatron.importing import open_source
+from megatron_hammer.megatron.importing import open_reader
 from megatron_hammer.megatron.layout import model_of
 from megatron_hammer.metrics.plot import read_curves
 from megatron_hammer.sampling.ledger import read_ledger
@@ -80,7 +80,7 @@ def dataset(folder: Path) -> object:
 
 
 def megatron(folder: Path) -> object:
-    source = open_source(folder)
+    source = open_reader(folder)
     return model_of(source.args, 131, "it"), [source.tensor(*name) for name in source.names()]
 
 

@@ -20,9 +20,9 @@ from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedErr
 from megatron_hammer.checkpoint.manifest import read_manifest, saved_model
 from megatron_hammer.checkpoint.read import LogicalReader
 from megatron_hammer.config import ModelConfig, config_from_tree, load_config
-from megatron_hammer.megatron.distributed import DistributedSource
-from megatron_hammer.megatron.importing import find_checkpoint, import_megatron, open_source
-from megatron_hammer.megatron.legacy import LegacySource
+from megatron_hammer.megatron.distributed import DistributedReader
+from megatron_hammer.megatron.importing import find_iteration, import_megatron, open_reader
+from megatron_hammer.megatron.legacy import LegacyReader
 from megatron_hammer.megatron.metadata import Chunk, check_whole
 from tests.checkpoint.layouts import write_layout
 from tests.huggingface.unproved import write_unproved
@@ -107,7 +107,7 @@ def test_the_chunks_are_read_as_torchs_own_reader_does(tmp_path: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
     folder = write_distributed(tmp_path / "iter_0000100", PLAIN, logical_weights(PLAIN), tp=2)
-    source = open_source(folder)
+    source = open_reader(folder)
     name = "mlp.linear_fc1.weight"
     shape = (PLAIN.num_layers, 2 * PLAIN.ffn_hidden_size, PLAIN.hidden_size)
     state = {f"decoder.layers.{name}": torch.empty(shape, dtype=torch.bfloat16)}
@@ -237,12 +237,12 @@ def test_metadata_of_odd_forms_is_refused_by_a_documented_error(tmp_path: Path) 
     folder = write_distributed(tmp_path / "iter_0000100", model, logical_weights(model), tp=2, recent=True)
     file = folder / ".metadata"
     content, rng, refused = file.read_bytes(), random.Random(18), 0
-    names = sorted(open_source(folder).names(), key=str)
-    expected = {name: open_source(folder).tensor(*name) for name in names}
+    names = sorted(open_reader(folder).names(), key=str)
+    expected = {name: open_reader(folder).tensor(*name) for name in names}
     for _ in range(int(os.environ.get("HAMMER_ODD_METADATA", "120"))):
         file.write_bytes(odd_metadata(content, rng))
         try:
-            source = open_source(folder)
+            source = open_reader(folder)
             for name in sorted(source.names(), key=str):
                 source.dtype(*name)
                 whole = source.tensor(*name)
@@ -259,7 +259,7 @@ def test_a_pickle_cannot_ask_for_more_room_than_it_has_bytes(tmp_path: Path) -> 
     folder = write_distributed(tmp_path / "iter_0000100", PLAIN, logical_weights(PLAIN))
     (folder / ".metadata").write_bytes(b"\x80\x02}r\xff\xff\xff\x7f.")
     with pytest.raises(CheckpointError, match=r"error\[E433\].*marks an object with the number 2147483647"):
-        open_source(folder)
+        open_reader(folder)
 
 
 def test_chunks_cover_their_tensor_once(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_the_embedding_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     logical, read = logical_weights(PLAIN), list[str]()
     write_legacy(tmp_path / "legacy", PLAIN, logical, tp=2)
     write_distributed(tmp_path / "dist", PLAIN, logical, tp=2)
-    for source in (LegacySource, DistributedSource):
+    for source in (LegacyReader, DistributedReader):
         whole = source.tensor
         monkeypatch.setattr(source, "tensor", lambda self, name, layer, whole=whole: (
             read.append(name), whole(self, name, layer))[1])  # fmt: skip
@@ -504,10 +504,10 @@ def test_damage_is_named(tmp_path: Path) -> None:
     (run / "latest_checkpointed_iteration.txt").unlink()
     for folder, said in ((dist, "no metadata.json; copy the whole"), (run, "name one, as .*run/iter_0000100")):
         with pytest.raises(CheckpointError, match=rf"E430.*{said}"):
-            find_checkpoint(folder)
+            find_iteration(folder)
     for text in ("../run", "7", "x", "²"):
         (run / "latest_checkpointed_iteration.txt").write_text(text)
         with pytest.raises(CheckpointError, match="E430"):
-            find_checkpoint(run)
+            find_iteration(run)
     with pytest.raises(CheckpointError, match="E430"):
-        find_checkpoint(tmp_path / "nowhere")
+        find_iteration(tmp_path / "nowhere")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_hammer.config import ModelConfig
-from megatron_hammer.parallel.pipeline import Action, Costs, Pipeline, largest_instants, posted_ahead, split_layers
+from megatron_hammer.parallel.pipeline import Action, Pipeline, TokenFlops, largest_instants, posted_ahead, split_layers
 from megatron_hammer.train import pipeline as train_pipeline
 
 KINDS = ("forward", "backward")
@@ -254,7 +254,7 @@ def test_no_other_split_has_less_work_in_its_busiest_stage(head: float, embeddin
         for again in (0, 2):
             if stages > layers:
                 continue
-            costs = Costs(embedding, tuple(4 / 3 if i < again else 1.0 for i in range(layers)), head)
+            costs = TokenFlops(embedding, tuple(4 / 3 if i < again else 1.0 for i in range(layers)), head)
             split = split_layers(costs, stages)
             assert split in _all_splits(layers, stages)
             assert max(costs.stages(split)) == pytest.approx(
@@ -268,9 +268,9 @@ def test_a_big_head_takes_layers_from_the_last_stage() -> None:
         hidden_size=2048, ffn_hidden_size=5632, num_layers=22, num_attention_heads=32, num_query_groups=4,
         vocab_size=105_789,
     )  # fmt: skip
-    short = Costs.of(model, 0)
+    short = TokenFlops.of(model, 0)
     assert short.head / (short.head + sum(short.layers)) == pytest.approx(0.18, abs=0.005)
-    costs = Costs.of(model, 2048)
+    costs = TokenFlops.of(model, 2048)
     assert split_layers(costs, 2) == (13, 9)
     assert split_layers(costs, 4) == (6, 7, 7, 2)
     assert split_layers(costs, 8) == (3, 3, 3, 3, 3, 3, 4, 0)
@@ -278,6 +278,8 @@ def test_a_big_head_takes_layers_from_the_last_stage() -> None:
 
 
 def test_equal_stages_where_nothing_but_layers_counts() -> None:
-    assert split_layers(Costs(0.0, (1.0,) * 10, 0.0), 4) == (2, 2, 3, 3), "the earlier ones keep more micro-batches"
-    assert split_layers(Costs(0.0, (1.0,) * 8, 0.0), 4) == (2, 2, 2, 2)
-    assert Costs(1.0, (1.0,) * 4, 1.0).imbalance((1, 1, 1, 1), 2) == 1.0, "stages 0 and 2, stages 1 and 3"
+    assert split_layers(TokenFlops(0.0, (1.0,) * 10, 0.0), 4) == (2, 2, 3, 3), (
+        "the earlier ones keep more micro-batches"
+    )
+    assert split_layers(TokenFlops(0.0, (1.0,) * 8, 0.0), 4) == (2, 2, 2, 2)
+    assert TokenFlops(1.0, (1.0,) * 4, 1.0).imbalance((1, 1, 1, 1), 2) == 1.0, "stages 0 and 2, stages 1 and 3"

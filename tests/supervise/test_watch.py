@@ -15,12 +15,12 @@ from megatron_hammer.base.errors import ParallelError, to_fields
 from megatron_hammer.parallel.board import Board
 from megatron_hammer.parallel.observe import Observer
 from megatron_hammer.supervise import watch as watching
-from megatron_hammer.supervise.watch import Failure, Rank, _cause, kill, watch
+from megatron_hammer.supervise.watch import Failure, RankProcess, _cause, kill, watch
 
 # ---- who died first --------------------------------------------------------------------------------------------------
 
 
-def dead(rank: int, code: int, at: float, said: tuple[float, bool] | None = None) -> Rank:
+def dead(rank: int, code: int, at: float, said: tuple[float, bool] | None = None) -> RankProcess:
     """A rank that has ended; ``said``: when it reported an exception, and whether that came from a collective."""
     report = None
     if said is not None:
@@ -28,7 +28,7 @@ def dead(rank: int, code: int, at: float, said: tuple[float, bool] | None = None
         report = {"time": when, "error": None, "exception": "RuntimeError: reset", "traceback": "t",
                   "in_collective": inside}  # fmt: skip
     process: Any = SimpleNamespace(exitcode=code)
-    return Rank(rank, process, None, report, at)  # type: ignore[arg-type]
+    return RankProcess(rank, process, None, report, at)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_the_one_that_died_is_named_for_every_signal_and_rank(culprit: int, sile
         ([dead(0, 7, 10, (9.7, False)), dead(1, -9, 10)], 1),  # its peer was quicker than the launcher
     ],
 )
-def test_the_cause_among_several(ranks: list[Rank], culprit: int, silent: Any) -> None:
+def test_the_cause_among_several(ranks: list[RankProcess], culprit: int, silent: Any) -> None:
     failure = _cause(ranks, silent)
     assert failure is not None and failure.error.what == f"rank {culprit}"
 
@@ -83,7 +83,7 @@ def test_a_rank_that_outlives_a_kill_is_named_and_left(monkeypatch: pytest.Monke
     held: Any = SimpleNamespace(exitcode=None, pid=os.getpid(), is_alive=lambda: True, kill=lambda: None,
                                 join=waited.append)  # fmt: skip
     pipe: Any = SimpleNamespace(closed=False, poll=lambda: False)
-    rank = Rank(3, held, pipe)
+    rank = RankProcess(3, held, pipe)
     (said,) = kill([rank])
     assert said.startswith(f"rank 3: process {os.getpid()} has not ended 10 s after SIGKILL (state ")
     assert len(waited) == 1 and 0 <= waited[0] <= 0.05 and rank.ended_at is not None
@@ -119,7 +119,7 @@ def test_real_processes(fault: str) -> None:
         process = spawn.Process(target=stand_in, args=(board, number, fault))
         process.start()
         theirs.close()
-        ranks.append(Rank(number, process, pipe))
+        ranks.append(RankProcess(number, process, pipe))
     deadline = time.monotonic() + 60
     while not all((doing := board.read(n)) and doing.phase.startswith("forward") for n in range(2)):
         assert time.monotonic() < deadline

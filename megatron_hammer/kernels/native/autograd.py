@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_hammer.kernels.linear import Gradient, accumulate, direct, once_differentiable
+from megatron_hammer.kernels.linear import Gradient, direct, once_differentiable, write_or_add
 from megatron_hammer.kernels.native.cpu import attention_versions, empty
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 
@@ -79,7 +79,7 @@ class _AddRMSNorm(torch.autograd.Function):
             grad_normed.contiguous().view(-1, h), beside, rows, weight, rstd, grad_x, grad_weight
         )
         if ctx.gradient is not None:
-            ctx.gradient.add(partial(accumulate, grad_weight))
+            ctx.gradient.add(partial(write_or_add, grad_weight))
         grad_x = grad_x.view(summed.shape)
         grad_branch = grad_x if ctx.needs_input_grad[2] else None
         return None, grad_x, grad_branch, grad_weight if ctx.gradient is None else None, None, None
