@@ -52,7 +52,7 @@ def build(lens, indices, seq, seed, num_samples=None, extra=1, drop_last=True):
 
 def blend(weights, size):
     """-> (dataset_index int16, dataset_sample_index int64)"""
-    return _blend.Blend(weights, "greedy").draw(size)
+    return _blend.Blend(weights, "greedy").range(0, size)
 
 
 def blend_exhaustive(sizes):

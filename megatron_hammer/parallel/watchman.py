@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import Protocol
 
 from megatron_hammer.base.errors import HangError, ParallelError
@@ -68,11 +67,10 @@ class Watchman:
         rank: int,
         limit: float,
         alone: bool,
-        note: Callable[[str], None] = say,
     ) -> None:
         self.status: StatusSlot = board.slot(numbers.index(rank))
         self._board, self._numbers, self._rank = board, numbers, rank
-        self._observer = Observer(board, numbers, limit, alone, note if rank == numbers[0] else lambda text: None)
+        self._observer = Observer(board, numbers, limit, alone, say if rank == numbers[0] else lambda text: None)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchman", daemon=True)
         self._thread.start()

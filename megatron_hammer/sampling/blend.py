@@ -91,11 +91,6 @@ class Blend:
             else (np.concatenate([s for s, _ in parts]), np.concatenate([p for _, p in parts]))
         )
 
-    def draw(self, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first ``num_samples``: their sources (int16) and numbers within them (int64), as whole arrays."""
-        sources, positions, _ = self._draw(self.weights, self._counts[0], num_samples)
-        return sources, positions
-
     def counts(self, i: int) -> np.ndarray:
         """How many of samples [0, i) each source gives: int64."""
         if len(self.weights) == 1:

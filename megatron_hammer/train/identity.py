@@ -86,11 +86,11 @@ class DataIdentity:
         return self.mixes or (MixIdentity(0, None, seq_length, tuple(s.share or 0.0 for s in self.train)),)
 
 
-def identify(dataset: IndexedDataset, prefix: str, share: float | None = None) -> DatasetIdentity:
+def identify(dataset: IndexedDataset, prefix: str) -> DatasetIdentity:
     """The identity of a dataset that is open; reads its index and at most 1 MiB of its tokens."""
     header = dataset.header
     blocks = None if header is None else hash_bytes(" ".join(header.block_hashes).encode())
-    return DatasetIdentity(prefix, dataset.fingerprint, dataset.num_tokens, blocks, share)
+    return DatasetIdentity(prefix, dataset.fingerprint, dataset.num_tokens, blocks)
 
 
 def by_prefix(datasets: Iterable[DatasetIdentity]) -> dict[str, DatasetIdentity]:

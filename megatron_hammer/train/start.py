@@ -140,13 +140,13 @@ def probe_file(output: Path) -> Iterator[str]:
         probe.unlink(missing_ok=True)
 
 
-def look_for_probe(output: Path, name: str, rank: int, seconds: float = PROBE_SECONDS) -> None:
+def look_for_probe(output: Path, name: str, rank: int) -> None:
     """See the file that rank 0 has written.
 
     Raises:
         RefusedError: it does not show in time, so this is another folder.
     """
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PROBE_SECONDS
     while not (output / name).exists():
         if time.monotonic() >= deadline:
             raise RefusedError(

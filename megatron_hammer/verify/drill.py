@@ -279,18 +279,18 @@ def _hashes(manifest: Any) -> set[tuple[str, ...]]:
     return found
 
 
-def smallest_world(config: Config, at_least: int = 2, most: int = 8) -> int:
-    """The fewest ranks, two or more where that can be, that the layout of a config allows."""
+def smallest_world(config: Config) -> int:
+    """The fewest ranks, two or more where that can be, and eight at most, that the layout of a config allows."""
     from megatron_hammer.base.errors import ConfigError
 
     fitting: list[int] = []
-    for ranks in range(1, most + 1):
+    for ranks in range(1, 8 + 1):
         try:
             config.validate(ranks)
         except ConfigError:
             continue
         fitting.append(ranks)
-    return next((n for n in fitting if n >= at_least), fitting[-1] if fitting else at_least)
+    return next((n for n in fitting if n >= 2), fitting[-1] if fitting else 2)
 
 
 def run_drill(

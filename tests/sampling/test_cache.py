@@ -28,6 +28,7 @@ from megatron_hammer.sampling.samples import TrainData
 from megatron_hammer.train.prepare import prepare
 from tests.dataset.written import write_dataset
 from tests.sampling.order_samples import sample
+from tests.sampling.whole_mix import draw_whole
 
 ROOT = Path(__file__).parents[2]
 KEY = {"dataset": "f" * 32, "seed": 3}
@@ -246,7 +247,7 @@ def test_a_far_sample_of_a_kept_mix_counts_nothing(tmp_path, monkeypatch):
     longer = Blend([142, 128, 38])
     monkeypatch.undo()
     assert longer[n + _BLOCK] == Blend([142, 128, 38], store=store, num_samples=n)[n + _BLOCK]  # beyond what is kept
-    assert np.array_equal(kept.counts(n), np.bincount(plain.draw(n)[0], minlength=3))
+    assert np.array_equal(kept.counts(n), np.bincount(draw_whole([142, 128, 38], "chairman", n)[0], minlength=3))
 
 
 @pytest.mark.parametrize("kind", ["independent", "megatron"])

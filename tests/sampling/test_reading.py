@@ -16,6 +16,7 @@ from megatron_hammer.sampling import index_builder as index
 from megatron_hammer.sampling.blend import _BLOCK, Blend
 from megatron_hammer.sampling.samples import TrainData
 from tests.dataset.written import write_dataset
+from tests.sampling.whole_mix import draw_whole
 
 SEQ = 16
 
@@ -88,7 +89,7 @@ def test_far_samples(tmp_path):
 
 @pytest.mark.parametrize("rule", ["chairman", "greedy"])
 def test_ranges_of_a_mix(rule, compiled):
-    sources, positions = Blend([142, 128, 38], rule).draw(2 * _BLOCK + 50)
+    sources, positions = draw_whole([142, 128, 38], rule, 2 * _BLOCK + 50)
     blend = Blend([142, 128, 38], rule)
     for first, count in ((_BLOCK - 3, 6), (0, 2 * _BLOCK + 50), (5, 1), (_BLOCK, _BLOCK), (2 * _BLOCK - 1, 1)):
         found = blend.range(first, count)
