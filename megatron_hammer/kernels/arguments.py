@@ -5,6 +5,7 @@ They stand below both, so that a backend need not import the file whose table na
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ class Columns:
         return torch.where(here, local, 0), here
 
 
-class ShardState:
+class ShardState(ABC):
     """Equally shaped flat fp32 tensors of some weights; ``weight`` is the master."""
 
     weight: Tensor
@@ -42,9 +43,9 @@ class ShardState:
     """The model's own copy of the weight, in its 16-bit dtype; None where that is the master itself."""
 
     @property
+    @abstractmethod
     def moments(self) -> dict[str, Tensor]:
         """What is remembered of gradients, by the names that checkpoints use."""
-        raise NotImplementedError
 
     @property
     def kinds(self) -> dict[str, Tensor]:

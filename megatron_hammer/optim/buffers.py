@@ -33,8 +33,8 @@ class _BucketMemory:
     """
 
     def __init__(self, length: int, dtype: torch.dtype, device: torch.device, spare: Spare) -> None:
-        on_pages, self._spare = device.type == "cpu" and pages.HERE, spare
-        self._pages = Pages(length * dtype.itemsize) if on_pages else None
+        self._spare = spare
+        self._pages = Pages(length * dtype.itemsize) if _has_pages(device) else None
         if self._pages is None:
             self.tensor = torch.empty(length, dtype=dtype, device=device)
             self.close()
@@ -118,9 +118,14 @@ class Buffers:
             self.open_bytes -= self.full[bucket].nbytes
 
 
+def _has_pages(device: torch.device) -> bool:
+    """Whether tensors of a device can lie in pages of our own (``base/pages.py``)."""
+    return device.type == "cpu" and pages.HERE
+
+
 def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[size] zeros; on a CPU in huge pages where there are any, which the system has back when the tensor goes."""
-    if device.type != "cpu" or not pages.HERE or size * dtype.itemsize < pages.HUGE:
+    if not _has_pages(device) or size * dtype.itemsize < pages.HUGE:
         return torch.zeros(size, dtype=dtype, device=device)
     own = Pages(size * dtype.itemsize)
     own.open()

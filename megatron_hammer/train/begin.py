@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from megatron_hammer.config import Config
 from megatron_hammer.costs.comparison import Prediction, device_name
 from megatron_hammer.costs.shortage import memory_of, refuse_far_too_large
 from megatron_hammer.kernels import fp8
+from megatron_hammer.kernels.backend import Backend
 from megatron_hammer.kernels.libraries.te import check_here
 from megatron_hammer.kernels.selection import kernel_requirements, select_backends
 from megatron_hammer.metrics.trackers import check_trackers
@@ -124,9 +125,9 @@ class Beginning:
             with ranks.round(f"checkpoint{again}") as mine:
                 start = start if rank == 0 else open_start(names, self._inputs.config, rank)
                 prepared = settle(self._inputs, start, self._accepted)
-                self._look_here(prepared)
+                backends = self._look_here(prepared)
                 if not prepared.is_finished:
-                    mine.facts = facts_of_machine(prepared.config, self.device)
+                    mine.facts = facts_of_machine(self.device, backends)
                 if rank == 0 and not prepared.is_finished:
                     if self.output is None and self._read_only is None:
                         self._take_output(is_new=True)
@@ -150,15 +151,16 @@ class Beginning:
                     say(line)
         self._damage = {}  # what was damaged has another name now
 
-    def _look_here(self, prepared: Prepared) -> None:
-        """What is found out on each rank by itself."""
+    def _look_here(self, prepared: Prepared) -> dict[str, Backend]:
+        """What is found out on each rank by itself; returns the backend of every operation."""
         if self._check_data:
             build_large_indices(prepared)
         self.device = device_of_rank(prepared.config, self._local_rank)
-        check_machine(prepared.config, self.device)
+        backends = check_machine(prepared.config, self.device)
         if self.ranks.rank == 0:  # the one that reports
             check_trackers(self._config.log.trackers)
             self._predict(prepared)
+        return backends
 
     def _predict(self, prepared: Prepared) -> None:
         """Say what the run will need, and refuse what is far beyond this machine."""
@@ -214,7 +216,7 @@ def begin(
     return None
 
 
-def facts_of_machine(config: Config, device: torch.device) -> list[Fact]:
+def facts_of_machine(device: torch.device, backends: Mapping[str, Backend]) -> list[Fact]:
     """What a rank computes with, which must be the same on all.
 
     A node whose driver does not work would train on its CPU and wait for the others in another library than they for
@@ -224,19 +226,21 @@ def facts_of_machine(config: Config, device: torch.device) -> list[Fact]:
         Fact("the device", "device is", device.type, "look at GPUs and driver of the node without (nvidia-smi)"),
         Fact("torch", "torch is", torch.__version__, "install the same on every node"),
     ]
-    for operation, backend in select_backends(config.kernels, kernel_requirements(config, device)).items():
+    for operation, backend in backends.items():
         what, remedy = f"kernels.{operation}", f"install the same on every node, or set kernels.{operation}"
         facts.append(Fact(what, f"{what} takes", backend.name, remedy))
     return facts
 
 
-def check_machine(config: Config, device: torch.device) -> None:
-    """Refuse what this rank's device or libraries cannot do."""
+def check_machine(config: Config, device: torch.device) -> dict[str, Backend]:
+    """Refuse what this rank's device or libraries cannot do; returns the backend that runs each operation."""
     check_here(config)
-    corruption.check_here(config, select_backends(config.kernels, kernel_requirements(config, device)), device)
+    backends = select_backends(config.kernels, kernel_requirements(config, device))
+    corruption.check_here(config, backends, device)
     fp8.check_here(config.kernels, device)
     cuda_graph.check_here(config.kernels, device)
     check_compiler(config)
+    return backends
 
 
 def device_of_rank(config: Config, local_rank: int) -> torch.device:

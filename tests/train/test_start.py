@@ -48,7 +48,7 @@ def node(shared: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start.look_for_probe, "__defaults__", (0.3,))
+    monkeypatch.setattr(start, "PROBE_SECONDS", 0.3)
 
 
 def started(arguments: Callable[[int], list[str]], size: int = 2) -> list[Prepared | str]:
@@ -121,7 +121,7 @@ def test_a_folder_that_is_not_shared_refuses_all(shared: Path, node: Path) -> No
 
 
 def test_a_slow_folder_is_waited_for(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start.look_for_probe, "__defaults__", (20.0,))
+    monkeypatch.setattr(start, "PROBE_SECONDS", 20.0)
     looks, exists = list[str](), Path.exists
 
     def late(path: Path, **more: bool) -> bool:
@@ -198,10 +198,9 @@ def test_a_node_that_computes_with_something_else_refuses_all(
 
     rows = {name: next(row for row in norm.BACKENDS if row.name == name) for name in ("fused", "torch")}
     chosen = {name: lambda *_, row=row: {"norm": row} for name, row in rows.items()}
-    other("select_backends", chosen["fused"], chosen["torch" if what == "kernels" else "fused"])
     device = torch.device("cuda" if what == "device" else "cpu")
     other("device_of_rank", lambda *_: torch.device("cpu"), lambda *_: device)
-    other("check_machine", lambda *_: None, lambda *_: None)
+    other("check_machine", chosen["fused"], chosen["torch" if what == "kernels" else "fused"])
     if what == "torch":
         facts = begin.facts_of_machine
         old = lambda *given: [dataclasses.replace(f, value="2.9") if f.what == "torch" else f for f in facts(*given)]  # noqa: E731
