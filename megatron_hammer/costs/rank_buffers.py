@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 from megatron_hammer.config import Config
 from megatron_hammer.costs.rank_costs import element_bytes, is_tied, layouts_of, placements_of
-from megatron_hammer.optim.layout import BufferLayout
+from megatron_hammer.optim.buckets import BufferLayout
 from megatron_hammer.parallel.placement import Placement
 
 MOMENTS = ("begin", "forward", "head", "down", "between", "gate_up", "earlier", "end")

@@ -49,7 +49,7 @@ from megatron_hammer.kernels.newton_schulz import flops
 from megatron_hammer.model.parameters import parameter_table, tables_of_stages
 from megatron_hammer.model.recompute import activation_bytes
 from megatron_hammer.model.residence import Use, uses_of
-from megatron_hammer.optim.layout import BufferLayout
+from megatron_hammer.optim.buckets import BufferLayout
 from megatron_hammer.optim.matrices import ELEMENTS_OF_A_ROUND, plan_exchange
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.optim.tree_store import TreeStore

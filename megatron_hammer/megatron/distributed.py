@@ -28,11 +28,11 @@ from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.base.reading import open_regular
 from megatron_hammer.checkpoint.dtypes import DTYPES
 from megatron_hammer.config.settings import MAX_LAYERS
-from megatron_hammer.megatron.layout import EMBEDDING_THERE, LAYERS, full_name, split_name
 from megatron_hammer.megatron.legacy import arguments_of, iteration_of
 from megatron_hammer.megatron.metadata import Chunk, ChunkPlace, StoredTensor, check_whole, read_metadata
 from megatron_hammer.megatron.pickles import reading
 from megatron_hammer.megatron.torch_files import load_part, load_pt
+from megatron_hammer.megatron.translation import EMBEDDING_THERE, LAYERS, full_name, split_name
 
 FULLY_RESHARDABLE = "fully_reshardable"
 _COMMON, _COMMON_STATE = "common.pt", "common_state/shard_0_1"

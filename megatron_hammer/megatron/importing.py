@@ -38,7 +38,9 @@ from megatron_hammer.huggingface.certificate import compare, our_logits
 from megatron_hammer.huggingface.config import CONFIG, TOKEN_IDS, check_vocabulary, read_json
 from megatron_hammer.huggingface.transformers_model import load_causal
 from megatron_hammer.megatron.distributed import FULLY_RESHARDABLE, DistributedReader
-from megatron_hammer.megatron.layout import (
+from megatron_hammer.megatron.legacy import LegacyReader
+from megatron_hammer.megatron.resuming import KINDS_THERE, resumable
+from megatron_hammer.megatron.translation import (
     EMBEDDING_THERE,
     OUTPUT_THERE,
     MegatronTensor,
@@ -48,8 +50,6 @@ from megatron_hammer.megatron.layout import (
     rows_of_part,
     tensor_place,
 )
-from megatron_hammer.megatron.legacy import LegacyReader
-from megatron_hammer.megatron.resuming import KINDS_THERE, resumable
 from megatron_hammer.model.parameters import logical_shapes
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer

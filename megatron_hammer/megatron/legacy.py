@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError
-from megatron_hammer.megatron.layout import full_name, split_name
 from megatron_hammer.megatron.pickles import Record
 from megatron_hammer.megatron.torch_files import load_pt
+from megatron_hammer.megatron.translation import full_name, split_name
 
 _RANK = re.compile(r"mp_rank_([0-9]{1,6})(?:_([0-9]{1,6}))?")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")  # the second: beside optim.pt of very old versions

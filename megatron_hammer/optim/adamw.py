@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels.adamw import OptimizerKernels
 from megatron_hammer.kernels.arguments import AdamWState, ShardState
-from megatron_hammer.optim.layout import Stretch
+from megatron_hammer.optim.buckets import Stretch
 from megatron_hammer.optim.stage_stores import StageStores
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel.sharding import Shard

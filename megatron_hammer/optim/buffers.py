@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_hammer.base import pages
 from megatron_hammer.base.pages import Pages, Spare
-from megatron_hammer.optim.layout import Bucket, BufferLayout
+from megatron_hammer.optim.buckets import Bucket, BufferLayout
 
 
 class _BucketMemory:

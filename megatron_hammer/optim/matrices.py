@@ -20,7 +20,7 @@ import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
-from megatron_hammer.optim.layout import BufferLayout, Row
+from megatron_hammer.optim.buckets import BufferLayout, Row
 from megatron_hammer.parallel.placement import Range
 from megatron_hammer.parallel.sharding import Rectangle, intersect, rectangles
 

@@ -8,8 +8,8 @@ length of u, a running mean is the same as his sum. The factor is Moonlight's (a
 mean square of one of AdamW, so that lr and decay of AdamW are kept. Embedding, head, norms and biases are not maps
 between hidden states and stay with AdamW, as in both.
 
-Each rank has momentum for its shards only (``layout.py``); O alone needs whole matrices, logical ones, so that a layout
-changes no number (``matrices.py``)::
+Each rank has momentum for its shards only (``buckets.py``); O alone needs whole matrices, logical ones, so that a
+layout changes no number (``matrices.py``)::
 
     on the shards   m, u                                     element by element
     all-to-all      u to the owners of matrices              N / n of the N elements of matrices to and from each of n
@@ -43,7 +43,7 @@ from megatron_hammer.kernels.adamw import OptimizerKernels
 from megatron_hammer.kernels.arguments import MuonState, ShardState
 from megatron_hammer.kernels.newton_schulz import orthogonalise
 from megatron_hammer.optim.adamw import AdamW, AnyStore, master_of
-from megatron_hammer.optim.layout import Stretch
+from megatron_hammer.optim.buckets import Stretch
 from megatron_hammer.optim.matrices import ELEMENTS_OF_A_ROUND, Exchange, Matrix, MatrixPiece, Tables, plan_exchange
 from megatron_hammer.parallel.collectives import start_exchange
 

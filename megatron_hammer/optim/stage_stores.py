@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from megatron_hammer.optim.layout import Row, Stretch
+from megatron_hammer.optim.buckets import Row, Stretch
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext

@@ -1,6 +1,6 @@
 """The flat store: the weights of a rank, and the sums of their gradients, in buckets (ZeRO, arXiv 1910.02054).
 
-``layout.py`` says where each parameter lies, ``buffers.py`` has the memory. Ranks that hold the same weights share a
+``buckets.py`` says where each parameter lies, ``buffers.py`` has the memory. Ranks that hold the same weights share a
 bucket in equal shards, and a rank updates its shard of each. What it keeps of the rest is ``shard``::
 
                             weights         sums of gradients    bytes of a parameter in bf16 on n ranks
@@ -41,8 +41,8 @@ from torch import Tensor, nn
 
 from megatron_hammer.base.pages import Spare
 from megatron_hammer.kernels.ranges import GRADIENT, RangeOf, no_range, within
+from megatron_hammer.optim.buckets import Bucket, BufferLayout, ParameterShard, Row, Stretch
 from megatron_hammer.optim.buffers import Buffers
-from megatron_hammer.optim.layout import Bucket, BufferLayout, ParameterShard, Row, Stretch
 from megatron_hammer.parallel.collectives import all_gather_into, all_reduce, reduce_scatter_into
 from megatron_hammer.parallel.context import Group, ParallelContext
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.kernels.ranges import RangeOf, no_range
-from megatron_hammer.optim.layout import Bucket, Row
+from megatron_hammer.optim.buckets import Bucket, Row
 from megatron_hammer.optim.store import FlatStore, GradientWatch, sum_in_one_message
 from megatron_hammer.parallel.collectives import all_reduce, start_exchange
 from megatron_hammer.parallel.context import ParallelContext

@@ -29,7 +29,9 @@ from megatron_hammer.parallel.heartbeat import Heartbeat
 from megatron_hammer.parallel.observe import Observer
 from megatron_hammer.parallel.rendezvous import Meeting, host_store, interface_towards, join_store
 from megatron_hammer.supervise.nodes import Node
-from megatron_hammer.supervise.outcome import (
+from megatron_hammer.supervise.rank import rank_main
+from megatron_hammer.supervise.restart import Restarts
+from megatron_hammer.supervise.several_nodes import (
     FAILURE_KEY,
     agree_on_restart,
     agree_with_other_nodes,
@@ -37,8 +39,6 @@ from megatron_hammer.supervise.outcome import (
     wait_for_its_end,
     wait_until,
 )
-from megatron_hammer.supervise.rank import rank_main
-from megatron_hammer.supervise.restart import Restarts
 from megatron_hammer.supervise.watch import GRACE_SECONDS, Failure, RankProcess, forward_signal, kill, watch
 
 ORPHAN_ROUNDS = 20  # of orphans' own children, which come to the launcher one after the other

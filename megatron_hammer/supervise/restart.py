@@ -3,7 +3,7 @@
 A rank that died or hung, or ranks that drifted apart, may be a fault of the machine that does not recur; a mistake of
 the user's, a full disk and a loss that is not finite would recur. Where the same rank fails twice without a checkpoint
 in between, the run goes on with fewer ranks, if the user allows it and the batch divides among them: on each of several
-nodes, whose launchers do what node 0 has decided (``outcome.py``). Needs no torch.
+nodes, whose launchers do what node 0 has decided (``several_nodes.py``). Needs no torch.
 """
 
 from __future__ import annotations

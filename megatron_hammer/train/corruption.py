@@ -35,7 +35,7 @@ from megatron_hammer.config import Config
 from megatron_hammer.kernels.backend import Backend
 from megatron_hammer.kernels.bit_hash import whole_hash
 from megatron_hammer.model.llama import Model, stages_of
-from megatron_hammer.optim.layout import Bucket
+from megatron_hammer.optim.buckets import Bucket
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel.agreement import gather_values

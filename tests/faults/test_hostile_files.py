@@ -33,7 +33,7 @@ from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.huggingface.config import model_config_from_hf, read_json
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors
 from megatron_hammer.megatron.importing import open_reader
-from megatron_hammer.megatron.layout import model_of
+from megatron_hammer.megatron.translation import model_of
 from megatron_hammer.metrics.plot import read_curves
 from megatron_hammer.sampling.ledger import read_ledger
 from megatron_hammer.tokenizer.load import load_tokenizer

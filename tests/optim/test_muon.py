@@ -26,7 +26,7 @@ from megatron_hammer.huggingface.export import export_hf
 from megatron_hammer.kernels.newton_schulz import flops, orthogonalise
 from megatron_hammer.model.parameters import hidden_matrices, logical_shapes, parameter_table
 from megatron_hammer.optim import muon
-from megatron_hammer.optim.layout import BufferLayout
+from megatron_hammer.optim.buckets import BufferLayout
 from megatron_hammer.optim.matrices import Exchange, plan_exchange
 from megatron_hammer.optim.muon import Muon, update_scale
 from megatron_hammer.parallel.context import ParallelContext

@@ -13,8 +13,8 @@ from megatron_hammer.config import Config
 from megatron_hammer.costs.rank_buffers import arriving_bytes
 from megatron_hammer.costs.rank_costs import state_bytes
 from megatron_hammer.model.residence import uses_of
+from megatron_hammer.optim.buckets import Bucket
 from megatron_hammer.optim.buffers import Buffers
-from megatron_hammer.optim.layout import Bucket
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.step import train_step

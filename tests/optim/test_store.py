@@ -15,7 +15,7 @@ from megatron_hammer.config import Config
 from megatron_hammer.model.llama import build_stage, gradients_of
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.optim import store as store_module
-from megatron_hammer.optim.layout import bucket_elements, lay_out_buckets
+from megatron_hammer.optim.buckets import bucket_elements, lay_out_buckets
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel.collectives import all_gather_into
 from megatron_hammer.parallel.context import Group, ParallelContext

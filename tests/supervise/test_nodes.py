@@ -19,7 +19,7 @@ from megatron_hammer.base.errors import ConfigError, ParallelError
 from megatron_hammer.parallel import heartbeat
 from megatron_hammer.parallel.heartbeat import Heartbeat, node_0_is_gone
 from megatron_hammer.parallel.rendezvous import Meeting, host_store, join_store
-from megatron_hammer.supervise import outcome
+from megatron_hammer.supervise import several_nodes
 from megatron_hammer.supervise.nodes import Node
 from megatron_hammer.supervise.watch import Failure
 from megatron_hammer.verify.faults import DrilledRun
@@ -45,7 +45,7 @@ def wait_for(what: object) -> None:
 
 
 def test_a_launcher_that_falls_silent_is_named_by_node_0(meeting: Meeting) -> None:
-    nodes = [Heartbeat(meeting, number, 3, 2, 0.5, outcome.FAILURE_KEY) for number in range(3)]
+    nodes = [Heartbeat(meeting, number, 3, 2, 0.5, several_nodes.FAILURE_KEY) for number in range(3)]
     time.sleep(1)
     assert [node.failed() for node in nodes] == [False] * 3
     nodes[2].stop()
@@ -55,10 +55,10 @@ def test_a_launcher_that_falls_silent_is_named_by_node_0(meeting: Meeting) -> No
         lost is not None and lost.code == "E708" and "node 2 (rank 4, 5) has not answered node 0 for 0.5 s" in str(lost)
     )
     assert nodes[1].lost() is None, "node 0 sees the others and tells the rest"
-    told = outcome.agree_with_other_nodes(meeting.store, Node(2, 3, 0), None, lost)
+    told = several_nodes.agree_with_other_nodes(meeting.store, Node(2, 3, 0), None, lost)
     assert told is not None and told.error is lost
     wait_for(nodes[1].failed)
-    other = outcome.agree_with_other_nodes(meeting.store, Node(2, 3, 1), None, None)
+    other = several_nodes.agree_with_other_nodes(meeting.store, Node(2, 3, 1), None, None)
     assert other is not None and str(other.error) == str(lost)
     for node in nodes:
         node.stop()
@@ -73,10 +73,10 @@ def test_node_0_out_of_reach_is_named_by_the_others(meeting: Meeting, monkeypatc
     lost = node.lost()
     assert lost is not None and "node 0 (rank 0) has not answered node 1 for 0.5 s" in str(lost)
     consequence = Failure(2, 0, node_0_is_gone())
-    told = outcome.agree_with_other_nodes(meeting.store, Node(1, 2, 1), consequence, lost)
+    told = several_nodes.agree_with_other_nodes(meeting.store, Node(1, 2, 1), consequence, lost)
     assert told is not None and told.error is lost
     mistake = Failure(0, 0, node_0_is_gone())
-    assert outcome.agree_with_other_nodes(meeting.store, Node(1, 2, 1), mistake, lost) is mistake
+    assert several_nodes.agree_with_other_nodes(meeting.store, Node(1, 2, 1), mistake, lost) is mistake
     node._stop.set()
 
 
@@ -87,7 +87,7 @@ def test_launchers_that_may_not_start_again_equally_often_are_refused(meeting: M
 
     def meet(number: int) -> str:
         try:
-            outcome.wait_for_all_nodes(meetings[number], Node(2, 2, number), 30, str, restarts=3 * number)
+            several_nodes.wait_for_all_nodes(meetings[number], Node(2, 2, number), 30, str, restarts=3 * number)
         except ConfigError as error:
             return str(error)
         return "met"
@@ -116,11 +116,11 @@ def test_launchers_start_again_as_node_0_decides_if_all_can(
 
     def agree(number: int) -> int:
         mine = failure if number else None
-        return outcome.agree_on_restart(stores[number], Node(2, 2, number), mine, able[number], decide)
+        return several_nodes.agree_on_restart(stores[number], Node(2, 2, number), mine, able[number], decide)
 
     with ThreadPoolExecutor(2) as threads:
         other = threads.submit(agree, 1)
-        wait_for(lambda: meeting.store.check([outcome.FAILURE_KEY]))
+        wait_for(lambda: meeting.store.check([several_nodes.FAILURE_KEY]))
         assert [agree(0), other.result()] == [found, found]
     assert asked == (["rank 1"] if all(able) else [])
 
@@ -134,7 +134,7 @@ def test_who_starts_again_waits_until_the_old_store_is_closed() -> None:
             raise RuntimeError("closed")
         return 0
 
-    outcome.wait_for_its_end(SimpleNamespace(add=add))  # type: ignore[arg-type]
+    several_nodes.wait_for_its_end(SimpleNamespace(add=add))  # type: ignore[arg-type]
     assert len(asked) == 3
 
 

@@ -20,7 +20,7 @@ from megatron_hammer.config import Config
 from megatron_hammer.kernels.backend import Requirements
 from megatron_hammer.kernels.bit_hash import BitHash, whole_hash
 from megatron_hammer.kernels.selection import select_backends
-from megatron_hammer.optim.layout import Bucket
+from megatron_hammer.optim.buckets import Bucket
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.train.build import build_stages
 from megatron_hammer.train.corruption import CorruptionCheck, check_here
