@@ -225,14 +225,14 @@ def prepare_inputs(
         present = any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
         ids = {name: ours.encode(text)[:length] for name, text in TEXTS.items()}
         return ids, {"present": present, "proved": False, "reason": unproved, "fingerprint": ours.fingerprint}
-    texts = check_tokenizer(manifest, ours, folder)
+    texts = prove_tokenizer(manifest, ours, folder)
     inputs = {name: ids[:length] for name, ids in texts.items()}
     facts = {n: {"xxh3_128": hash_bytes(text.encode()), "num_tokens": len(texts[n])} for n, text in TEXTS.items()}
     fingerprint = manifest.tokenizer.fingerprint if manifest.tokenizer else ""
     return inputs, {"present": True, **form_of_folder(folder), "fingerprint": fingerprint, "inputs": facts}
 
 
-def check_tokenizer(manifest: Manifest, ours: Tokenizer, folder: Path) -> dict[str, list[int]]:
+def prove_tokenizer(manifest: Manifest, ours: Tokenizer, folder: Path) -> dict[str, list[int]]:
     """The folder's tokenizer, as ``AutoTokenizer`` loads it, must be the checkpoint's; returns the texts' ids."""
     from transformers import AutoTokenizer
 

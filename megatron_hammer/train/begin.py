@@ -42,8 +42,15 @@ from megatron_hammer.train import corruption, cuda_graph
 from megatron_hammer.train.build import check_compiler
 from megatron_hammer.train.loop import TrainLoop
 from megatron_hammer.train.output import LockedOutput, clear_output, is_read_only, only_writer, put_in_order
-from megatron_hammer.train.prepare import Prepared, Start, build_large_indices, find_start, look_at_inputs, settle
-from megatron_hammer.train.start import facts_of, look_for_probe, name_start, open_start, probe_file
+from megatron_hammer.train.prepare import (
+    Prepared,
+    StartingPoint,
+    build_large_indices,
+    find_starting_point,
+    look_at_inputs,
+    settle,
+)
+from megatron_hammer.train.start import facts_of, look_for_probe, name_starting_point, open_starting_point, probe_file
 
 
 class Beginning:
@@ -118,12 +125,14 @@ class Beginning:
     def _agree_on_checkpoint(self) -> Prepared:
         rank, ranks, again = self.ranks.rank, self.ranks, self._turn()
         with ranks.round(f"search{again}") as mine:
-            start = find_start(self._inputs.config, self._accepted, self._damage) if rank == 0 else Start()
-            mine.sent = name_start(start, self._inputs.config)
+            start = (
+                find_starting_point(self._inputs.config, self._accepted, self._damage) if rank == 0 else StartingPoint()
+            )
+            mine.sent = name_starting_point(start, self._inputs.config)
         names = mine.received
         with ExitStack() as probing:
             with ranks.round(f"checkpoint{again}") as mine:
-                start = start if rank == 0 else open_start(names, self._inputs.config, rank)
+                start = start if rank == 0 else open_starting_point(names, self._inputs.config, rank)
                 prepared = settle(self._inputs, start, self._accepted)
                 backends = self._look_here(prepared)
                 if not prepared.is_finished:

@@ -326,7 +326,7 @@ def _needless(changes: Sequence[Change], accepted: Collection[str]) -> list[str]
     return remarks
 
 
-def ledger_entries(changes: Sequence[Change], step: int) -> list[dict[str, Any]]:
+def accepted_entries(changes: Sequence[Change], step: int) -> list[dict[str, Any]]:
     """What was accepted, for the state of the checkpoints that follow."""
     return [{"from_step": step} | _told(change) for change in changes if change.accepted_by]
 

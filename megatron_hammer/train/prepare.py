@@ -2,9 +2,9 @@
 
 ::
 
-    look_at_inputs      config, tokenizer, datasets -> Inputs
-    find_start          the checkpoint to go on from, or whose weights to take -> Start      (rank 0 decides for all)
-    settle              both together: do they fit, what has changed, is that accepted -> Prepared
+    look_at_inputs        config, tokenizer, datasets -> Inputs
+    find_starting_point   the checkpoint to go on from, or whose weights to take -> StartingPoint   (rank 0, for all)
+    settle                both together: do they fit, what has changed, is that accepted -> Prepared
 
 Imports no torch and communicates nothing. The launcher calls ``prepare``, all three; each rank calls them one by one,
 agreeing with the others in between (``start.py``), with ``check_data=False`` where the launcher has read ids already.
@@ -42,12 +42,12 @@ from megatron_hammer.tokenizer.load import load_tokenizer, with_vocab_size
 from megatron_hammer.train.changes import (
     ACCEPTED,
     FRESH,
+    accepted_entries,
     changed_data,
     changed_settings,
     changed_tokenizer,
     check_accepted_names,
     hold_horizon,
-    ledger_entries,
     settle_changes,
 )
 from megatron_hammer.train.course import course_of
@@ -89,7 +89,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Start:
+class StartingPoint:
     """The checkpoint that a run begins from; of a new run with new weights, none."""
 
     resume: Manifest | None = None
@@ -126,7 +126,7 @@ class Prepared:
     """What is in the datasets, for the checkpoints."""
     changes: tuple[str, ...] = ()
     """What is not as in ``resume``, in lines."""
-    ledger: tuple[dict[str, Any], ...] = ()
+    accepted_changes: tuple[dict[str, Any], ...] = ()
     """All changes that were accepted in the course of the run, for the checkpoints."""
     damaged: tuple[Damaged, ...] = ()
     """Newer checkpoints of this run that are passed over; known to rank 0."""
@@ -157,7 +157,11 @@ class Prepared:
 
     def to_state(self) -> dict[str, Any]:
         """What every checkpoint of the run says of its datasets and of accepted changes, as JSON values."""
-        state = {IDENTITY: self.identity.to_tree(), ACCEPTED: list(self.ledger), VERSIONS: installed_versions()}
+        state = {
+            IDENTITY: self.identity.to_tree(),
+            ACCEPTED: list(self.accepted_changes),
+            VERSIONS: installed_versions(),
+        }
         return state | ({REWINDS: [rewind.to_tree() for rewind in self.rewinds]} if self.rewinds else {})
 
 
@@ -182,12 +186,12 @@ def prepare(
     """
     inputs = look_at_inputs(config, world_size, check_data, accepted)
     if config.train.dry_run:
-        return _unjudged(inputs, Start())
+        return _unjudged(inputs, StartingPoint())
     if not first_node:
-        prepared = _unjudged(inputs, Start())
+        prepared = _unjudged(inputs, StartingPoint())
         build_large_indices(dataclasses.replace(prepared, resume=seen_here(inputs.config)))
         return prepared
-    prepared = settle(inputs, find_start(inputs.config, accepted), accepted)
+    prepared = settle(inputs, find_starting_point(inputs.config, accepted), accepted)
     if check_data:
         build_large_indices(prepared)
     return prepared
@@ -242,7 +246,9 @@ def check_system(config: Config, world_size: int) -> None:
         require_linux("checkpoint.mode=background", why, "use checkpoint.mode=blocking: the files have the same bytes")
 
 
-def find_start(config: Config, accepted: Collection[str] = (), known_damage: Mapping[str, str] | None = None) -> Start:
+def find_starting_point(
+    config: Config, accepted: Collection[str] = (), known_damage: Mapping[str, str] | None = None
+) -> StartingPoint:
     """Look for the checkpoint that the run begins from; nothing is changed.
 
     Args:
@@ -267,13 +273,13 @@ def find_start(config: Config, accepted: Collection[str] = (), known_damage: Map
     if judged and not (is_fresh and found.newest is None):
         _judge_damage(folder, judged, found.newest, config.checkpoint.fallback)
     if found.newest is not None:
-        return Start(found.newest, damaged=damaged, taken_back=stale, rewinds=rewinds or ())
+        return StartingPoint(found.newest, damaged=damaged, taken_back=stale, rewinds=rewinds or ())
     refuse_traces(output, config.checkpoint.save_interval_steps, accepted)
     init_from = config.checkpoint.init_from
     first = None if init_from is None else open_checkpoint(init_from)
     if recorded is None or is_fresh:
         recorded = replayed(config)
-    return Start(init_from=first, damaged=damaged, taken_back=stale, rewinds=recorded)
+    return StartingPoint(init_from=first, damaged=damaged, taken_back=stale, rewinds=recorded)
 
 
 def replayed(config: Config) -> Ledger:
@@ -333,7 +339,7 @@ def _judge_damage(folder: Path, damaged: Sequence[Damaged], newest: Manifest | N
         )
 
 
-def _unjudged(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prepared:
+def _unjudged(inputs: Inputs, start: StartingPoint, accepted: Collection[str] = ()) -> Prepared:
     """Inputs and start as they are, not held against each other."""
     return Prepared(
         inputs.config,
@@ -354,7 +360,7 @@ def _unjudged(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> P
     )
 
 
-def settle(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prepared:
+def settle(inputs: Inputs, start: StartingPoint, accepted: Collection[str] = ()) -> Prepared:
     """Hold the inputs against the checkpoint that the run begins from.
 
     Raises:
@@ -391,7 +397,7 @@ def settle(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prep
     changes += of_data
     block = "" if further is None else f"; as data it is the same to write {phases_to_paste(further)}"
     lines = settle_changes(changes, accepted, str(resume.folder), saved, config, step, block)
-    ledger = (*resume.state.get(ACCEPTED, ()), *ledger_entries(changes, step))
+    entries = (*resume.state.get(ACCEPTED, ()), *accepted_entries(changes, step))
     if further is not None:
         notes.append(f"each source goes on where it stands at sample {consumed:,}: {phases_to_paste(further)}")
         inputs = _with_config(inputs, further, was, consumed)
@@ -406,7 +412,7 @@ def settle(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prep
         plan=inputs.plan,
         notes=inputs.notes + notes + remarks,
         changes=tuple(lines),
-        ledger=ledger,
+        accepted_changes=entries,
         new_samples=new_samples,
         absent=inputs.absent,
     )

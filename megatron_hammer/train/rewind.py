@@ -36,8 +36,8 @@ from megatron_hammer.sampling.samples import TrainData
 from megatron_hammer.train.changes import FRESH
 from megatron_hammer.train.course import recorded
 from megatron_hammer.train.incident_file import incident_path
-from megatron_hammer.train.prepare import Prepared, Start, checkpoints_folder, settle
-from megatron_hammer.train.start import name_start, open_start
+from megatron_hammer.train.prepare import Prepared, StartingPoint, checkpoints_folder, settle
+from megatron_hammer.train.start import name_starting_point, open_starting_point
 
 LOOKED_FOR = 64  # samples ahead for each that is unwanted: a source of which a phase draws less is not waited for
 LOOKED_AT_ONCE = 1024  # samples; chosen by eye
@@ -72,7 +72,7 @@ def go_back(
     assert prepared.inputs is not None
     accepted = [name for name in prepared.accepted if name != FRESH]  # which was for the folder as the start found it
     with all_or_none(ctx, "going on after a rewind"):
-        start = open_start(names, prepared.config, ctx.world.rank)
+        start = open_starting_point(names, prepared.config, ctx.world.rank)
         settled = settle(prepared.inputs, start, accepted)  # may open the datasets again
     return settled
 
@@ -104,7 +104,7 @@ def _record(bad: BadStep, prepared: Prepared, data: TrainData, say: Callable[[st
         say(f"kept as {name}: a checkpoint with steps of the window")
     init_from = config.checkpoint.init_from if target is None else None
     first_weights = None if init_from is None else open_checkpoint(init_from)
-    return name_start(Start(target, first_weights, rewinds=ledger), config)
+    return name_starting_point(StartingPoint(target, first_weights, rewinds=ledger), config)
 
 
 def _target(checkpoints: Path, window: int, bad: int) -> Manifest | None:

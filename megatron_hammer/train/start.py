@@ -31,7 +31,7 @@ from megatron_hammer.checkpoint.manifest import Manifest, read_manifest
 from megatron_hammer.config import Config, config_to_tree, setting_effects
 from megatron_hammer.sampling.ledger import ledger_from_trees
 from megatron_hammer.train.identity import DatasetIdentity
-from megatron_hammer.train.prepare import Inputs, Start, checkpoints_folder
+from megatron_hammer.train.prepare import Inputs, StartingPoint, checkpoints_folder
 
 if TYPE_CHECKING:
     from megatron_hammer.parallel.agreement import Fact
@@ -81,7 +81,7 @@ def _dataset_facts(what: str, dataset: DatasetIdentity) -> list[Fact]:
 # ---- the checkpoint -------------------------------------------------------------------------------------------------
 
 
-def name_start(start: Start, config: Config) -> dict[str, Any]:
+def name_starting_point(start: StartingPoint, config: Config) -> dict[str, Any]:
     """What rank 0 tells the others of the checkpoint it has found, as JSON values."""
     return {
         "resume": _name(start.resume, checkpoints_folder(config)),
@@ -97,13 +97,13 @@ def _name(manifest: Manifest | None, below: Path) -> dict[str, Any] | None:
     return {"folder": os.path.relpath(manifest.folder, below), "step": manifest.step, "digest": manifest.digest}
 
 
-def open_start(names: dict[str, Any], config: Config, rank: int) -> Start:
+def open_starting_point(names: dict[str, Any], config: Config, rank: int) -> StartingPoint:
     """Open what rank 0 has chosen, by its name.
 
     Raises:
         RefusedError: this rank sees no such checkpoint, or another one of that name.
     """
-    return Start(
+    return StartingPoint(
         _open(names["resume"], checkpoints_folder(config), rank),
         _open(names["init_from"], Path(config.checkpoint.init_from or ""), rank),
         rewinds=ledger_from_trees(names["rewinds"], "the ledger of rank 0"),

@@ -129,7 +129,9 @@ def check_state(
     ours = upcoming(state, data.with_skips(then), prepared.config)
     if saved is None or ours is None:
         return
-    accepted = prepared.new_samples or any(entry.get("from_step") == state.step + 1 for entry in prepared.ledger)
+    accepted = prepared.new_samples or any(
+        entry.get("from_step") == state.step + 1 for entry in prepared.accepted_changes
+    )
     may_differ = {"samples_digest": accepted, "lr": accepted or bool(prepared.changes)}  # which are said by themselves
     for name, value in ours.items():
         if saved.get(name) != value and not may_differ[name]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_hammer.config import Config
 from megatron_hammer.model.parameters import EMBEDDING, FINAL_NORM
-from megatron_hammer.verify.outcome import Outcome, Piece
+from megatron_hammer.verify.outcome import Outcome, TensorPiece
 from megatron_hammer.verify.patterns import listed
 
 PieceKey = tuple[str, str]
@@ -86,13 +86,13 @@ class Evidence:
         return LayoutSizes.of(self.config, self.world_size)
 
 
-def whole_tensors(pieces: Iterable[Piece]) -> dict[PieceKey, np.ndarray]:
+def whole_tensors(pieces: Iterable[TensorPiece]) -> dict[PieceKey, np.ndarray]:
     """Logical tensors from pieces that make them up.
 
     Raises:
         ValueError: an element is in no piece, or is no number.
     """
-    parts: dict[PieceKey, list[Piece]] = defaultdict(list)
+    parts: dict[PieceKey, list[TensorPiece]] = defaultdict(list)
     for piece in pieces:
         parts[piece.kind, piece.tensor].append(piece)
     whole = {}
@@ -115,7 +115,7 @@ def compare_pieces(
     Every element of every tensor must be on some rank, else that is a finding.
     """
     worst: dict[str, float] = dict.fromkeys(dict.fromkeys(kind for kind, _ in whole), 0.0)
-    by_key: dict[PieceKey, list[tuple[int, Piece]]] = defaultdict(list)
+    by_key: dict[PieceKey, list[tuple[int, TensorPiece]]] = defaultdict(list)
     for rank, outcome in enumerate(ranks):
         for piece in outcome.pieces:
             by_key[piece.kind, piece.tensor].append((rank, piece))
@@ -243,7 +243,7 @@ def _numbers(
 # ---- causes ----------------------------------------------------------------------------------------------------------
 
 
-def likely_cause(wrong: Sequence[tuple[int, Piece]], expected: np.ndarray, sizes: LayoutSizes) -> str:
+def likely_cause(wrong: Sequence[tuple[int, TensorPiece]], expected: np.ndarray, sizes: LayoutSizes) -> str:
     """What the pattern of the differing pieces says: a factor, a part of a sum, rows of another place."""
     ratios = [ratio_of(piece.values, expected[piece.place]) for _, piece in wrong]
     factors = [ratio for ratio in ratios if ratio is not None]
@@ -293,7 +293,7 @@ def off_by_log(shift: float, sizes: LayoutSizes) -> str:
     return f"off by {' or '.join(of)}: the sum of exponentials counts ranks, or misses them" if of else ""
 
 
-def missing_sum(wrong: Sequence[tuple[int, Piece]], expected: np.ndarray) -> str:
+def missing_sum(wrong: Sequence[tuple[int, TensorPiece]], expected: np.ndarray) -> str:
     """Whether the values of several ranks for one place add up to what they should be."""
     by_place: dict[tuple[tuple[int, int], ...], list[np.ndarray]] = defaultdict(list)
     for _, piece in wrong:
@@ -308,7 +308,7 @@ def missing_sum(wrong: Sequence[tuple[int, Piece]], expected: np.ndarray) -> str
     return "each rank has a part of it: their sum is missing" if sums else ""
 
 
-def _is_elsewhere(piece: Piece, expected: np.ndarray) -> bool:
+def _is_elsewhere(piece: TensorPiece, expected: np.ndarray) -> bool:
     """Whether the rows of a piece (or its values, of a vector) are rows of the whole tensor, at another place."""
     columns = piece.place[1] if piece.cols is not None else None
     there = expected[:, columns] if columns is not None else expected[:, None]
@@ -321,7 +321,7 @@ def _is_elsewhere(piece: Piece, expected: np.ndarray) -> bool:
     return bool((distance <= 1e-6 * scale * have.shape[1]).all())
 
 
-def _rows_that_differ(piece: Piece, expected: np.ndarray) -> np.ndarray:
+def _rows_that_differ(piece: TensorPiece, expected: np.ndarray) -> np.ndarray:
     difference = np.abs(piece.values - expected[piece.place])
     scale = max(float(np.abs(expected).max()), 1e-300)
     per_row = difference.reshape(len(difference), -1).max(1)

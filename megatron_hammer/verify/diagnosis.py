@@ -43,7 +43,7 @@ from megatron_hammer.verify.compare import (
     whole_tensors,
 )
 from megatron_hammer.verify.forward_diagnosis import diagnose_tokens
-from megatron_hammer.verify.outcome import FIRST, INITIAL, Piece
+from megatron_hammer.verify.outcome import FIRST, INITIAL, TensorPiece
 from megatron_hammer.verify.patterns import (
     NAMES,
     NOISE,
@@ -96,7 +96,7 @@ class _Questions:
         self.ranks, self.expected, self.initial = evidence.ranks, evidence.expected, evidence.initial
         self.grid, self.whole = self.config.grid(self.world_size), whole_tensors(self.expected.pieces)
 
-    def wrong(self, kinds: Iterable[str]) -> list[tuple[int, Piece]]:
+    def wrong(self, kinds: Iterable[str]) -> list[tuple[int, TensorPiece]]:
         """The pieces of these kinds that differ, with their ranks."""
         found = []
         for rank, outcome in enumerate(self.ranks):
@@ -106,7 +106,7 @@ class _Questions:
                     found.append((rank, piece))
         return found
 
-    def _differs(self, piece: Piece) -> np.ndarray:
+    def _differs(self, piece: TensorPiece) -> np.ndarray:
         """Which elements of a piece are beyond the bound."""
         right = self.whole[piece.kind, piece.tensor]
         limit = self.evidence.bound * max(float(np.abs(right).max()), 1e-300)
@@ -184,7 +184,7 @@ class _Questions:
             hints.append(f"the differences are small, {self._largest(wrong):.0e} of the largest: rounding to 16 bits?")
         return [*sentences, where, *hints]
 
-    def _of_z_loss(self, wrong: Sequence[tuple[int, Piece]], parts: Contributions) -> str:
+    def _of_z_loss(self, wrong: Sequence[tuple[int, TensorPiece]], parts: Contributions) -> str:
         """Whether all is right but what ``train.z_loss`` adds; parts: with it, as it should be."""
         if not self.config.train.z_loss:
             return ""
@@ -200,7 +200,7 @@ class _Questions:
         most = said.most_common(1)[0][0] if said else ""
         return f"of what train.z_loss adds to the loss: {most}" if most else ""
 
-    def _few(self, wrong: Sequence[tuple[int, Piece]]) -> str:
+    def _few(self, wrong: Sequence[tuple[int, TensorPiece]]) -> str:
         """Whether hardly an element of each differs."""
         ends, few, of = True, 0, 0
         for _, piece in wrong:
@@ -210,7 +210,7 @@ class _Questions:
         at = ", the first or last ones of what a rank has of a tensor: the borders of shards" if ends else ""
         return f"{few} of {of} elements of these differ{at}" if few <= 0.05 * of else ""
 
-    def _multiples(self, wrong: Sequence[tuple[int, Piece]], what: str) -> list[str]:
+    def _multiples(self, wrong: Sequence[tuple[int, TensorPiece]], what: str) -> list[str]:
         """Whether the pieces of each rank are one multiple of what they should be."""
         factors: dict[int, set[float]] = defaultdict(set)
         for rank, piece in wrong:
@@ -228,7 +228,7 @@ class _Questions:
         known = name_factor(factor, self.evidence.sizes)
         return [f"{what} are {factor:g} times what they should be", *([known] if known else [])]
 
-    def _of_all_groups(self, wrong: Sequence[tuple[int, Piece]]) -> list[str]:
+    def _of_all_groups(self, wrong: Sequence[tuple[int, TensorPiece]]) -> list[str]:
         """Whether those of keys and values are sums over all query groups."""
         model = self.config.model
         for _, piece in wrong:
@@ -242,7 +242,7 @@ class _Questions:
                 return []
         return ["those of each query group are the sum over all of them: summed over ranks that hold other groups"]
 
-    def _largest(self, wrong: Sequence[tuple[int, Piece]]) -> float:
+    def _largest(self, wrong: Sequence[tuple[int, TensorPiece]]) -> float:
         """The largest difference, relative to the largest value of its tensor."""
         rights = [(piece, self.whole[piece.kind, piece.tensor]) for _, piece in wrong]
         return max(float(np.abs(p.values - right[p.place]).max() / np.abs(right).max()) for p, right in rights)
@@ -255,9 +255,9 @@ class _Questions:
                 found[piece.tensor].add(rank)
         return found
 
-    def _missing_sums(self, wrong: Sequence[tuple[int, Piece]]) -> str:
+    def _missing_sums(self, wrong: Sequence[tuple[int, TensorPiece]]) -> str:
         """Whether ranks that hold the same gradient have a part of it each."""
-        holders: dict[tuple[object, ...], list[tuple[int, Piece]]] = defaultdict(list)
+        holders: dict[tuple[object, ...], list[tuple[int, TensorPiece]]] = defaultdict(list)
         for rank, piece in wrong:
             holders[piece.tensor, piece.rows, piece.cols].append((rank, piece))
         if not all(len(found) > 1 and missing_sum(found, self.whole["gradient", found[0][1].tensor])
@@ -373,7 +373,7 @@ class _Questions:
             return []
         return ["losses of tokens and gradients are right, and what is reported of losses is not: their sum or count"]
 
-    def _of_update(self, wrong: Sequence[tuple[int, Piece]]) -> list[str]:
+    def _of_update(self, wrong: Sequence[tuple[int, TensorPiece]]) -> list[str]:
         if moved := self._moved(wrong) or self._swapped(wrong):
             return moved
         if self._decayed_alone(wrong):
@@ -397,7 +397,7 @@ class _Questions:
             return ["the gradients of the first step, or parts of them, are still in those of the second"]
         return [f"the first step is right, and {kinds} after the second are not: its gradients, or its update"]
 
-    def _decayed_alone(self, wrong: Sequence[tuple[int, Piece]]) -> bool:
+    def _decayed_alone(self, wrong: Sequence[tuple[int, TensorPiece]]) -> bool:
         """Whether weights have become smaller in the first step and nothing else."""
         left = 1 - learning_rate(self.config, 1) * self.config.optimizer.weight_decay
         firsts = [piece for _, piece in wrong if piece.kind == FIRST + "weight"]
@@ -405,7 +405,7 @@ class _Questions:
             near(piece.values, self.initial[piece.tensor][piece.place] * left) for piece in firsts
         )
 
-    def _second_gradients(self) -> list[tuple[int, Piece]]:
+    def _second_gradients(self) -> list[tuple[int, TensorPiece]]:
         """What first moments got in the second update, of AdamW its gradients times a constant; as pieces of
         "second gradient", of which ``whole`` then has the right ones."""
         beta, kind, found = self.config.optimizer.beta1, "second gradient", []
@@ -446,7 +446,7 @@ class _Questions:
 
     # ---- pieces ------------------------------------------------------------------------------------------------------
 
-    def _where(self, wrong: Sequence[tuple[int, Piece]], what: str) -> list[str]:
+    def _where(self, wrong: Sequence[tuple[int, TensorPiece]], what: str) -> list[str]:
         """Which of the ranks that have such tensors, where it is not all of them."""
         kinds, tensors = {piece.kind for _, piece in wrong}, {piece.tensor for _, piece in wrong}
         have = [r for r, o in enumerate(self.ranks) if any(p.kind in kinds and p.tensor in tensors for p in o.pieces)]
@@ -459,12 +459,12 @@ class _Questions:
             return []
         return [f"{what}{' of ' + which if which else ''} are wrong{' on ' + place if place else ''}"]
 
-    def _is_initial(self, piece: Piece) -> bool:
+    def _is_initial(self, piece: TensorPiece) -> bool:
         if piece.kind.endswith("weight"):
             return near(piece.values, self.initial[piece.tensor][piece.place])
         return not piece.values.any()
 
-    def _are(self, wrong: Sequence[tuple[int, Piece]], others: dict[PieceKey, np.ndarray]) -> bool:
+    def _are(self, wrong: Sequence[tuple[int, TensorPiece]], others: dict[PieceKey, np.ndarray]) -> bool:
         """Whether all pieces are those of other tensors, far nearer than of the right ones."""
         for _, piece in wrong:
             if (key := (piece.kind, piece.tensor)) not in others:
@@ -476,7 +476,9 @@ class _Questions:
                 return False
         return True
 
-    def _moved(self, wrong: Sequence[tuple[int, Piece]], tensors: dict[str, np.ndarray] | None = None) -> list[str]:
+    def _moved(
+        self, wrong: Sequence[tuple[int, TensorPiece]], tensors: dict[str, np.ndarray] | None = None
+    ) -> list[str]:
         """Whether the values are those of another tensor, or of rows elsewhere in it.
 
         Args:
@@ -497,7 +499,7 @@ class _Questions:
                 return []
         return [most for most, _ in others.most_common(2)]
 
-    def _swapped(self, wrong: Sequence[tuple[int, Piece]]) -> list[str]:
+    def _swapped(self, wrong: Sequence[tuple[int, TensorPiece]]) -> list[str]:
         """Whether all pieces together have the right values, which belong to one another's places."""
         values = np.concatenate([piece.values.ravel() for _, piece in wrong])
         theirs = np.concatenate([self.whole[p.kind, p.tensor][p.place].ravel() for _, p in wrong])

@@ -31,7 +31,7 @@ from megatron_hammer.checkpoint.space import checkpoint_bytes
 from megatron_hammer.config import Config
 from megatron_hammer.dataset.look.verify import verify_dataset
 from megatron_hammer.train.past_sources import past_sources
-from megatron_hammer.train.prepare import VERSIONS, checkpoints_folder, find_start, look_at_inputs, settle
+from megatron_hammer.train.prepare import VERSIONS, checkpoints_folder, find_starting_point, look_at_inputs, settle
 from megatron_hammer.verify.nvidia import driver_fault, driver_version, nccl_fault
 
 Status = Literal["ok", "warning", "failed", "not applicable"]
@@ -317,7 +317,7 @@ def _checkpoint(folder: Path) -> Verdict:
 
 def _resume(config: Config, world_size: int) -> Verdict:
     """What a start of this run would go on from, and why."""
-    start = find_start(config)
+    start = find_starting_point(config)
     passed = "".join(f"; {d.path.name} is passed over: {d.reason}" for d in start.damaged)
     if start.resume is None:
         source = "new weights" if start.init_from is None else f"the weights of {start.init_from.folder}"

@@ -24,7 +24,7 @@ FIRST = "step-1 "
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """Part of a logical tensor as one rank has it."""
 
     kind: str
@@ -64,7 +64,7 @@ class Outcome:
 
     losses: list[float]
     norms: list[float]
-    pieces: list[Piece]
+    pieces: list[TensorPiece]
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """Which tokens of the first step's global batch, [samples s] one sample after the other, this rank computes."""
     token_losses: np.ndarray = field(default_factory=lambda: np.empty(0))
@@ -110,7 +110,7 @@ def read_outcome(prefix: Path) -> Outcome:
         values = [arrays[f"arr_{i}"] for i in range(len(head["pieces"]))]
         before, *of_steps = (_forward(arrays, prefix) for prefix in ("", *head["in_steps"]))
     pieces = [
-        Piece(kind, tensor, (rows[0], rows[1]), None if cols is None else (cols[0], cols[1]), array)
+        TensorPiece(kind, tensor, (rows[0], rows[1]), None if cols is None else (cols[0], cols[1]), array)
         for (kind, tensor, rows, cols), array in zip(head["pieces"], values, strict=True)
     ]
     return Outcome(pieces=pieces, in_steps=of_steps, **vars(before), **{name: head[name] for name in NUMBERS})

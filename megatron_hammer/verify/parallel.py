@@ -43,7 +43,7 @@ from megatron_hammer.verify.compare import (
     whole_tensors,
 )
 from megatron_hammer.verify.diagnosis import diagnose
-from megatron_hammer.verify.outcome import INITIAL, Outcome, Piece, read_outcome
+from megatron_hammer.verify.outcome import INITIAL, Outcome, TensorPiece, read_outcome
 from megatron_hammer.verify.reference import reference_steps
 from megatron_hammer.verify.shrink import STEPS, alone, exact_optimizer, shrink
 from megatron_hammer.verify.steps import (
@@ -194,7 +194,7 @@ def _one_process(small: Config) -> tuple[dict[str, Outcome], dict[str, np.ndarra
     return outcomes, {tensor: values for (_, tensor), values in whole_tensors(begun).items()}
 
 
-def _saved_pieces(folder: Path) -> list[Piece]:
+def _saved_pieces(folder: Path) -> list[TensorPiece]:
     """The logical tensors of the checkpoint that the ranks wrote."""
     manifest = open_checkpoint(folder)
     assert manifest.step == STEPS
@@ -202,7 +202,7 @@ def _saved_pieces(folder: Path) -> list[Piece]:
     for tensor in manifest.tensors:
         values = read_logical(manifest, tensor.name, tensor.kind).double().numpy()
         rows, *cols = values.shape
-        pieces.append(Piece(tensor.kind, tensor.name, (0, rows), (0, cols[0]) if cols else None, values))
+        pieces.append(TensorPiece(tensor.kind, tensor.name, (0, rows), (0, cols[0]) if cols else None, values))
     return pieces
 
 

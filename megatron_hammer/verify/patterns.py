@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_hammer.model.parameters import EMBEDDING, FINAL_NORM
 from megatron_hammer.parallel.grid import AXES, Axis, Grid
-from megatron_hammer.verify.outcome import Piece
+from megatron_hammer.verify.outcome import TensorPiece
 
 NAMES: dict[Axis, str] = {"pp": "pipeline", "dp": "data-parallel", "cp": "context-parallel", "tp": "tensor-parallel"}
 EXPLAINED = 0.05  # of a difference may be left by a cause that is named: rounding leaves far less, another cause more
@@ -149,7 +149,7 @@ def explains(left: np.ndarray, off: np.ndarray, noise: float) -> bool:
     return bool(np.sqrt(np.square(left).mean()) <= EXPLAINED * size and size > noise)
 
 
-def shifts(piece: Piece, whole: np.ndarray) -> str:
+def shifts(piece: TensorPiece, whole: np.ndarray) -> str:
     """Words for where in the tensor the rows of a piece come from, if all that differ come from elsewhere."""
     columns = piece.place[1] if piece.cols is not None else None
     there = whole[:, columns] if columns is not None else whole[:, None]

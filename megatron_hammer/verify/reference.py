@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from megatron_hammer.config import Config
 from megatron_hammer.huggingface.config import hf_config_from_model
 from megatron_hammer.optim.schedule import learning_rate
-from megatron_hammer.verify.outcome import FIRST, Outcome, Piece
+from megatron_hammer.verify.outcome import FIRST, Outcome, TensorPiece
 from megatron_hammer.verify.shrink import STEPS
 from megatron_hammer.verify.steps import SOURCES, global_batch
 
@@ -100,7 +100,9 @@ def reference_steps(config: Config, initial: dict[str, np.ndarray], rule: StepRu
     return Outcome(losses, norms, pieces, source_losses=by_source)
 
 
-def _states(config: Config, weights: dict[str, Any], moments: dict[str, Any], prefix: str = "") -> Iterator[Piece]:
+def _states(
+    config: Config, weights: dict[str, Any], moments: dict[str, Any], prefix: str = ""
+) -> Iterator[TensorPiece]:
     """Weights and moments as they are now."""
     for name, weight in weights.items():
         first, second = moments[name]
@@ -175,6 +177,6 @@ def _muon(direction: Tensor, rows: int | None, rule: StepRule) -> Tensor:
     return torch.cat(parts)
 
 
-def _whole(kind: str, name: str, tensor: Tensor) -> Piece:
+def _whole(kind: str, name: str, tensor: Tensor) -> TensorPiece:
     rows, *cols = tensor.shape
-    return Piece(kind, name, (0, rows), (0, cols[0]) if cols else None, tensor.detach().numpy().copy())
+    return TensorPiece(kind, name, (0, rows), (0, cols[0]) if cols else None, tensor.detach().numpy().copy())

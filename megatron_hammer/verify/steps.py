@@ -42,7 +42,7 @@ from megatron_hammer.train.pipeline import pipelined_losses
 from megatron_hammer.train.source_sums import LOSS, WEIGHT, Sources
 from megatron_hammer.train.state import RunState
 from megatron_hammer.train.step import loss_and_gradients
-from megatron_hammer.verify.outcome import FIRST, INITIAL, Forward, Outcome, Piece, write_outcome
+from megatron_hammer.verify.outcome import FIRST, INITIAL, Forward, Outcome, TensorPiece, write_outcome
 from megatron_hammer.verify.points import ForwardWatch, in_row_order
 from megatron_hammer.verify.shrink import STEPS
 
@@ -201,7 +201,7 @@ def _forward_of(watch: ForwardWatch, config: Config, step: int, ctx: ParallelCon
 # ---- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def gradient_pieces(optimizer: Optimizer) -> Iterator[Piece]:
+def gradient_pieces(optimizer: Optimizer) -> Iterator[TensorPiece]:
     """Gradients of this rank's shards, as they are after the step: summed, neither clipped nor scaled."""
     scale = float(optimizer.scaler.scale)
     for stretch in optimizer.store.stretches():
@@ -212,18 +212,18 @@ def gradient_pieces(optimizer: Optimizer) -> Iterator[Piece]:
             at += part.stop - part.start
 
 
-def state_pieces(optimizer: Optimizer) -> Iterator[Piece]:
+def state_pieces(optimizer: Optimizer) -> Iterator[TensorPiece]:
     """Masters and moments of this rank's shards."""
     yield from _pieces_of(optimizer.shards())
 
 
-def _pieces_of(shards: Iterable[Shard], prefix: str = "") -> Iterator[Piece]:
+def _pieces_of(shards: Iterable[Shard], prefix: str = "") -> Iterator[TensorPiece]:
     for shard in shards:
         for kind, flat in shard.tensors.items():
             yield from _cut(prefix + kind, shard.parameter, shard.start, shard.stop, flat)
 
 
-def model_pieces(optimizer: Optimizer, kind: str = "model") -> Iterator[Piece]:
+def model_pieces(optimizer: Optimizer, kind: str = "model") -> Iterator[TensorPiece]:
     """All weights that this rank's model has, copies included."""
     for store in optimizer.store.of_stages:
         for row, weight in zip(store.table, store.weights, strict=True):
@@ -233,11 +233,11 @@ def model_pieces(optimizer: Optimizer, kind: str = "model") -> Iterator[Piece]:
             store.release(row.part)
 
 
-def _cut(kind: str, parameter: Any, start: int, stop: int, flat: Tensor) -> Iterator[Piece]:
+def _cut(kind: str, parameter: Any, start: int, stop: int, flat: Tensor) -> Iterator[TensorPiece]:
     for s in parameter.slices:
         for r in rectangles(s, start, stop):
             values = flat[r.position : r.position + r.numel].reshape(r.shape)
-            yield Piece(kind, s.tensor, r.rows, r.cols, values.double().cpu().numpy().copy())
+            yield TensorPiece(kind, s.tensor, r.rows, r.cols, values.double().cpu().numpy().copy())
 
 
 # ---- a rank of its own -----------------------------------------------------------------------------------------------

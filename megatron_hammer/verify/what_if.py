@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_hammer.config import Config
-from megatron_hammer.verify.outcome import Piece
+from megatron_hammer.verify.outcome import TensorPiece
 from megatron_hammer.verify.patterns import Label
 from megatron_hammer.verify.reference import StepRule, build_model, reference_steps
 from megatron_hammer.verify.token_inputs import Loss, TokenInputs, TokenOwners, cross_entropy, positions_of
@@ -284,7 +284,7 @@ class Contributions:
             (losses.sum() / inputs.tokens.numel()).backward()  # type: ignore[no-untyped-call]
         return cls(labels, found)
 
-    def times_in(self, piece: Piece, noise: float = 1e-3) -> np.ndarray | None:
+    def times_in(self, piece: TensorPiece, noise: float = 1e-3) -> np.ndarray | None:
         """How often each part is in a gradient, by least squares; None where it is no sum of them.
 
         Args:
@@ -317,14 +317,14 @@ def _hook(sums: np.ndarray, now: dict[str, np.ndarray]) -> Callable[..., None]:
 # ---- states under a fault --------------------------------------------------------------------------------------------
 
 
-def states_with_faults(config: Config, initial: dict[str, np.ndarray]) -> Iterator[tuple[str, list[Piece]]]:
+def states_with_faults(config: Config, initial: dict[str, np.ndarray]) -> Iterator[tuple[str, list[TensorPiece]]]:
     """Each fault of the update that is known, in words, and gradients, weights and moments with it."""
 
-    def with_optimizer(**changes: Any) -> list[Piece]:
+    def with_optimizer(**changes: Any) -> list[TensorPiece]:
         changed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **changes))
         return reference_steps(changed, initial).pieces
 
-    def with_rule(**changes: Any) -> list[Piece]:
+    def with_rule(**changes: Any) -> list[TensorPiece]:
         return reference_steps(config, initial, rule=StepRule(**changes)).pieces
 
     o = config.optimizer

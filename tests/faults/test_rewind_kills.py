@@ -18,7 +18,7 @@ import pytest
 
 from megatron_hammer.sampling.ledger import LEDGER, read_ledger
 from megatron_hammer.train import loop, rewind
-from megatron_hammer.train.prepare import find_start
+from megatron_hammer.train.prepare import find_starting_point
 from tests.faults.kills import KILLED, Job, die_before, killed_at
 from tests.train.runs import checkpoint_bytes, config_for, metrics, overrides, train_here
 from tests.train.test_rewind import REWIND, bad_samples
@@ -48,7 +48,7 @@ def test_a_kill_before_any_operation_of_a_rewind(data: Path, tmp_path: Path) -> 
         shutil.copytree(tmp_path / "before", output)
         code = killed_at(operation, lambda: rewind.go_back(*caught))
         assert code in (0, KILLED)
-        ledger, start = read_ledger(output / LEDGER), find_start(config_for(arguments))
+        ledger, start = read_ledger(output / LEDGER), find_starting_point(config_for(arguments))
         assert start.resume is not None and start.resume.step == (6 if ledger is None else 3)
         assert ledger is None or [(one.back_to_step, one.skipped) for one in ledger] == [(3, ((40, 72),))]
         kept = (output / "incidents" / "step-00000009.metrics.jsonl").exists()

@@ -82,7 +82,7 @@ def test_an_unchanged_run_says_nothing(here: Path) -> None:
     prepared = resume(here, "schedule.decay_steps=12", "train.num_steps=4", f"train.output={here}/run")
     paths = ("train.output", "data.train[", "data.valid[")
     assert all(line.startswith(("changed against", *(f"  {path}" for path in paths))) for line in prepared.changes)
-    assert not any("keeps its schedule" in note for note in prepared.notes) and prepared.ledger == ()
+    assert not any("keeps its schedule" in note for note in prepared.notes) and prepared.accepted_changes == ()
 
 
 CHANGES = [
@@ -117,7 +117,7 @@ def test_what_alters_the_run_must_be_accepted(trained: Path, change: str, said: 
     prepared = resume(trained, change, f"--accept={name}")
     old, new = said.split("(was ")[1][:-1], said.split("=")[1].split(" ")[0]
     assert f"  {name}: {old} -> {new}   (accepted)" in prepared.changes
-    assert {"from_step": 5, "what": name, "old": old, "new": new} in prepared.ledger
+    assert {"from_step": 5, "what": name, "old": old, "new": new} in prepared.accepted_changes
     if name.startswith(("optimizer.lr", "schedule.", "optimizer.min_lr")):
         assert "learning rate of step 5: 0.00244351" in str(error) and any(
             "0.00244351" in line for line in prepared.changes
@@ -129,7 +129,7 @@ def test_all_that_is_refused_is_said_at_once(trained: Path) -> None:
     error = refusal(trained, *changes, "--accept=train.seed")
     assert "--accept optimizer.lr --accept optimizer.clip_grad" in str(error) and "train.seed" not in str(error)
     accepted = ("--accept=train.seed", "--accept=optimizer.lr", "--accept=optimizer.clip_grad")
-    assert len(resume(trained, *changes, *accepted).ledger) == 3
+    assert len(resume(trained, *changes, *accepted).accepted_changes) == 3
 
 
 def test_what_may_change_freely_is_said_and_goes_on(trained: Path) -> None:
@@ -140,7 +140,7 @@ def test_what_may_change_freely_is_said_and_goes_on(trained: Path) -> None:
     assert (
         "  train.micro_batch_size: 2 -> 4" in prepared.changes and "  kernels.rope: auto -> torch" in prepared.changes
     )
-    assert prepared.ledger == () and not any("accepted" in line for line in prepared.changes)
+    assert prepared.accepted_changes == () and not any("accepted" in line for line in prepared.changes)
 
 
 @pytest.mark.parametrize(
@@ -172,8 +172,8 @@ def test_needless_names_are_remarked_on_only(trained: Path, tmp_path: Path) -> N
 
 def test_what_is_not_used_needs_no_name(trained: Path) -> None:
     """The scale of fp16 in fp32; the end of a descent that stays where it was."""
-    assert resume(trained, "optimizer.loss_scale_window=5").ledger == ()
-    assert resume(trained, "schedule.decay_steps=12").ledger == ()
+    assert resume(trained, "optimizer.loss_scale_window=5").accepted_changes == ()
+    assert resume(trained, "schedule.decay_steps=12").accepted_changes == ()
     a, b = (config_for(["model.vocab_size=9", "schedule.style=constant", f"optimizer.min_lr={m}"]) for m in (0, 1e-5))
     assert changed_settings(a, b) == []
 
@@ -188,7 +188,7 @@ def test_the_length_decides_in_megatron_s_order(here: Path) -> None:
     shutil.rmtree(out / "checkpoints" / "step-00000003")
     assert train_here(0, whole) == 0 and metrics(out) == lines
     assert "train.num_steps=12 (was 3)" in str(refusal(here, *arguments))
-    assert resume(here, *arguments, "--accept=train.num_steps").ledger[0]["what"] == "train.num_steps"
+    assert resume(here, *arguments, "--accept=train.num_steps").accepted_changes[0]["what"] == "train.num_steps"
 
 
 # ---- the schedule of a run that is extended -------------------------------------------------------------------------
@@ -263,8 +263,8 @@ def test_a_dataset_made_again_is_refused(here: Path, name: str, how: str) -> Non
     assert error.number == 82 and before in str(error) and after in str(error) and "--accept data" in str(error)
     refusal(here, "--accept=train.seed")
     prepared = resume(here, "--accept=data")
-    assert [entry["from_step"] for entry in prepared.ledger] == [5]
-    assert before in prepared.ledger[0]["old"] and after in prepared.ledger[0]["new"]
+    assert [entry["from_step"] for entry in prepared.accepted_changes] == [5]
+    assert before in prepared.accepted_changes[0]["old"] and after in prepared.accepted_changes[0]["new"]
 
 
 def test_the_same_data_elsewhere_or_without_its_header_is_the_same(here: Path) -> None:
@@ -272,7 +272,7 @@ def test_the_same_data_elsewhere_or_without_its_header_is_the_same(here: Path) -
     for file in (here / "moved").glob("*.meta.json"):
         file.unlink()
     prepared = prepare(config_for(overrides(here / "moved", here / "run")), 1)
-    assert prepared.ledger == () and any(f"data.train[{here}/moved/a]: " in line for line in prepared.changes)
+    assert prepared.accepted_changes == () and any(f"data.train[{here}/moved/a]: " in line for line in prepared.changes)
 
 
 def test_the_header_tells_what_sampled_blocks_do_not(tmp_path: Path) -> None:
@@ -307,13 +307,14 @@ def test_sources_and_sets_added_removed_or_weighed_anew(here: Path) -> None:
     for change, (number, name, said) in mixes.items():
         error = refusal(here, change)
         assert error.number == number and said in str(error) and f"--accept {name}" in str(error), change
-        assert resume(here, change, f"--accept={name}").ledger and resume(here, change, "--accept=data").ledger
+        assert resume(here, change, f"--accept={name}").accepted_changes
+        assert resume(here, change, "--accept=data").accepted_changes
         setting = change.split("=")[0]
-        assert resume(here, change, f"--accept={setting}").ledger, (
+        assert resume(here, change, f"--accept={setting}").accepted_changes, (
             "a change that the config states goes by its name too"
         )
     for same in (f"data.train={{{data}/b: 2, {data}/a: 4}}", "data.weights=tokens"):
-        assert resume(here, same).ledger == (), "the same mix, written otherwise"
+        assert resume(here, same).accepted_changes == (), "the same mix, written otherwise"
 
 
 def test_what_was_accepted_is_in_the_checkpoints_that_follow(here: Path) -> None:

@@ -76,10 +76,10 @@ def test_another_mix_is_refused_with_the_phases_to_paste_and_taken_as_one_where_
     block = "data.phases: [{train: {" in str(caught.value) and "samples: 32" in str(caught.value)
     assert block and "--accept data" in str(caught.value)
     taken = prepared_with(trained, change, "--accept=data.train")
-    assert taken.ledger and any("goes on where it stands at sample 32" in note for note in taken.notes)
+    assert taken.accepted_changes and any("goes on where it stands at sample 32" in note for note in taken.notes)
     pasted = caught.value.remedy.split("write data.phases: ")[1]
     written = prepared_with(trained, "data.train=null", f"data.phases={pasted}")
-    assert written.ledger == () and written.new_samples
+    assert written.accepted_changes == () and written.new_samples
     before = names(prepared_with(trained), CONSUMED)
     for prepared in (taken, written):
         assert names(prepared, 90)[:CONSUMED] == before
@@ -125,7 +125,8 @@ def test_what_is_to_come_may_change_freely(trained: Path) -> None:
         for first in (FIRST, "{steps: 4, train: {@b: 1, @a: 2}}", "{tokens: 1024, train: {@a: 4, @b: 2}}",
                       "{samples: 40, train: {@a: 2, @b: 1}}"):  # fmt: skip
             prepared = prepared_with(trained, *phases(trained, first, coming))
-            assert prepared.ledger == () and names(prepared, 90)[:CONSUMED] == names(prepared_with(trained), CONSUMED)
+            assert prepared.accepted_changes == ()
+            assert names(prepared, 90)[:CONSUMED] == names(prepared_with(trained), CONSUMED)
             check_read_once(prepared, 90)
 
 
@@ -306,7 +307,7 @@ def test_sources_of_past_phases_may_go(trained: Path, tmp_path: Path) -> None:
     after = prepare(config_for(at("parts", 4)), 1)
     assert any(f"{tmp_path}/data/b is not there; only phases that are past" in note for note in after.notes)
     assert before.plan is not None and after.plan is not None
-    assert format_run_plan(after.plan) == format_run_plan(before.plan) and after.ledger == ()
+    assert format_run_plan(after.plan) == format_run_plan(before.plan) and after.accepted_changes == ()
     data = open_train_data(after.config, absent=after.absent)
     assert [(data.fingerprints[s], epoch, window) for s, epoch, window in data.sample_ids(0, 32)] == named
     past = next(i for i in range(16) if data.names[data.sample_id(i).source] == "b")

@@ -29,7 +29,7 @@ from megatron_hammer.sampling.order import SampleId
 from megatron_hammer.sampling.phases import Skips
 from megatron_hammer.sampling.samples import TrainData, open_train_data
 from megatron_hammer.train import health, loop, rewind
-from megatron_hammer.train.prepare import Prepared, find_start
+from megatron_hammer.train.prepare import Prepared, find_starting_point
 from megatron_hammer.train.rewind import BadStep
 from tests.distributed import run_distributed
 from tests.model.tiny import tiny_config
@@ -152,7 +152,7 @@ def test_a_wide_window_takes_checkpoints_back_and_a_start_passes_over_them(data:
             train_here(0, overrides(data, output, *more))
     (line,) = read_ledger(output / LEDGER) or ()
     assert (line.back_to_step, line.skipped) == (3, ((40, 80),))
-    start = find_start(config_for(overrides(data, output, *more)))
+    start = find_starting_point(config_for(overrides(data, output, *more)))
     assert start.resume is not None and start.resume.step == 3 and not start.damaged
     assert [found.step for found in start.taken_back] == [6]
     with bad_samples():
@@ -196,16 +196,16 @@ def test_ledgers_that_do_not_belong_here(data: Path, tmp_path: Path, rewound: Pa
     other = good.replace("[[56, 72]]", "[[56, 64]]")
     (output / LEDGER).write_text(other)
     with pytest.raises(RefusedError, match=r"E589.*other rewinds"):
-        find_start(config)
+        find_starting_point(config)
     (output / LEDGER).write_text(good + '{"rewind": 2')  # torn: no line
-    assert len(find_start(config).rewinds) == 1
+    assert len(find_starting_point(config).rewinds) == 1
     for wrong in ("[]", good.replace('"spike"', '"x"'), good.replace("9", "-9"), good * 2, good.replace("72", "1e9"),
                   good.replace("[[56, 72]]", "[]"), good.replace("[[56, 72]]", "[[72, 56]]"), "\0" * 9):  # fmt: skip
         (output / LEDGER).write_text(wrong + "\n")
         with pytest.raises(CheckpointError, match=r"E436.*ledger\.jsonl:[12] is not a line"):
-            find_start(config)
+            find_starting_point(config)
     with pytest.raises(ConfigError, match=r"E223\]: train.replay=.*is not there"):
-        find_start(config_for(overrides(data, tmp_path / "new", f"train.replay={tmp_path / 'none'}")))
+        find_starting_point(config_for(overrides(data, tmp_path / "new", f"train.replay={tmp_path / 'none'}")))
     with pytest.raises(ConfigError, match=r"E223\]: train.on_spike=rewind is not for data.order=megatron"):
         config_for(overrides(data, tmp_path / "new", *REWIND, "data.order=megatron")).validate(1)
 

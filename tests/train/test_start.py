@@ -25,7 +25,7 @@ from megatron_hammer.parallel.agreement import BeforeStart
 from megatron_hammer.train import begin, start
 from megatron_hammer.train.__main__ import _place_of_torchrun
 from megatron_hammer.train.begin import Beginning
-from megatron_hammer.train.prepare import Prepared, find_start, prepare
+from megatron_hammer.train.prepare import Prepared, find_starting_point, prepare
 from tests.parallel.test_agreement import start_together
 from tests.train.runs import begin_run, config_for, overrides, train_here
 from tests.train.test_changes import rewrite
@@ -283,6 +283,6 @@ def test_a_path_that_nothing_can_have_is_no_damaged_ledger(tmp_path: Path, name:
     """It was: code 4, of a checkpoint, where the disk's is meant."""
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(OSError, match=r"too long|symbolic links") as error:
-        find_start(config_for(overrides(tmp_path, tmp_path / name)))
+        find_starting_point(config_for(overrides(tmp_path, tmp_path / name)))
     known = from_exception(error.value, "the test")
     assert known is not None and known.exit_code == 6

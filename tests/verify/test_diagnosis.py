@@ -18,7 +18,7 @@ from megatron_hammer.parallel.grid import Grid
 from megatron_hammer.verify import parallel
 from megatron_hammer.verify.compare import BOUNDS, Evidence
 from megatron_hammer.verify.diagnosis import ONLY_IN_STEPS, diagnose
-from megatron_hammer.verify.outcome import Outcome, Piece
+from megatron_hammer.verify.outcome import Outcome, TensorPiece
 from megatron_hammer.verify.patterns import first_in_backward, in_sum, shifts, whose
 from megatron_hammer.verify.shrink import shrink
 from tests.distributed import run_distributed
@@ -89,10 +89,10 @@ def test_where_backward_goes_wrong() -> None:
 
 def test_rows_of_another_place() -> None:
     whole = np.random.default_rng(0).normal(size=(12, 5))
-    piece = lambda rows: Piece("gradient", "w", (4, 8), (0, 5), whole[rows])  # noqa: E731
+    piece = lambda rows: TensorPiece("gradient", "w", (4, 8), (0, 5), whole[rows])  # noqa: E731
     assert shifts(piece([6, 7, 8, 9]), whole) == "each is that of 2 rows further on"
     assert shifts(piece([7, 6, 5, 4]), whole) == "row 4 has the values of row 7, and others likewise"
-    assert shifts(Piece("gradient", "w", (4, 8), (0, 5), whole[4:8] + 0.1), whole) == ""
+    assert shifts(TensorPiece("gradient", "w", (4, 8), (0, 5), whole[4:8] + 0.1), whole) == ""
 
 
 def test_what_no_rank_holds_ends_no_diagnosis() -> None:

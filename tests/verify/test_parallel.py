@@ -26,7 +26,7 @@ from megatron_hammer.verify.compare import (
     compare_stages,
 )
 from megatron_hammer.verify.compare import whole_tensors as whole
-from megatron_hammer.verify.outcome import Outcome, Piece, read_outcome, write_outcome
+from megatron_hammer.verify.outcome import Outcome, TensorPiece, read_outcome, write_outcome
 from megatron_hammer.verify.reference import reference_steps
 from megatron_hammer.verify.shrink import alone as alone_config
 from megatron_hammer.verify.shrink import shrink
@@ -271,8 +271,8 @@ def test_a_proof_on_gpus_needs_them(gpus: int, rule: str, monkeypatch: pytest.Mo
 # ---- causes by themselves -------------------------------------------------------------------------------------------
 
 
-def _pieces(values: np.ndarray, kind: str = "gradient") -> list[Piece]:
-    return [Piece(kind, "w", (0, len(values)), (0, values.shape[1]), values)]
+def _pieces(values: np.ndarray, kind: str = "gradient") -> list[TensorPiece]:
+    return [TensorPiece(kind, "w", (0, len(values)), (0, values.shape[1]), values)]
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_causes(change: Callable[[np.ndarray], np.ndarray], cause: str) -> None:
 
 
 def test_what_no_rank_holds_is_a_finding() -> None:
-    outcome = Outcome([], [], [Piece("weight", "w", (0, 3), (0, 4), np.ones((3, 4)))])
+    outcome = Outcome([], [], [TensorPiece("weight", "w", (0, 3), (0, 4), np.ones((3, 4)))])
     _, findings = compare_pieces([outcome], {("weight", "w"): np.ones((5, 4))}, 1e-10, LayoutSizes(1, 1, 1))
     assert [f.cause for f in findings] == ["8 of 20 elements are on no rank"]
 
