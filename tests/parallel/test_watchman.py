@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,12 @@ class Folder:
                 pass
 
 
-def stand_in(path: Path, rank: int, stopped: int) -> None:
+def stand_in(path: Path, rank: int, stopped: int, there: Barrier) -> None:
     """In step 3; one of two ranks stops, the other waits for it."""
     sys.stderr = (path / f"said-{rank}").open("w")
-    watchman = Watchman(share_board(Folder(path), 0, rank, 2), range(2), rank, 1.0, alone=True)
+    board = share_board(Folder(path), 0, rank, 2)
+    there.wait(60)  # one that loaded cores start a second later than the other would be taken for hung
+    watchman = Watchman(board, range(2), rank, 1.0, alone=True)
     watchman.status.step(3)
     watchman.status.mark("forward")
     if rank == stopped:
@@ -53,11 +56,12 @@ def stand_in(path: Path, rank: int, stopped: int) -> None:
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_one_that_stops_is_named_by_the_other(stopped: int, tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
-    ranks = [spawn.Process(target=stand_in, args=(tmp_path, rank, stopped)) for rank in range(2)]
+    there = spawn.Barrier(2)
+    ranks = [spawn.Process(target=stand_in, args=(tmp_path, rank, stopped, there)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(30)
+        process.join(60)
     assert [process.exitcode for process in ranks] == [-9 if rank == stopped else 8 for rank in range(2)]
     said = (tmp_path / f"said-{1 - stopped}").read_text().splitlines()
     assert said[-1].startswith(f"error[E801]: rank {stopped} hung: step 3, forward; silent for ")
