@@ -4,7 +4,8 @@ The peer is two processes of Python that parse a line with ``json`` and encode i
 (``multiprocessing.Pool.imap``, 32 lines at once, as Megatron-LM hands them out), and a parent that writes the files.
 Both get the same files, run as processes of their own, in turn; the tokens written are compared byte for byte.
 
-The mix: all of ``zh``, the first 40 MB of ``en`` and of ``code`` of ``fetch_corpus.py --size full`` (107 MB). Seconds
+The mix: all of ``zh.jsonl``, the first 40 MB of ``en.jsonl`` and of ``code.jsonl`` of one folder, as
+``tools/make_sample_corpus.py --bytes-per-domain`` makes it (107 MB where the published figures were taken). Seconds
 are from the start of the process to its end, CPU seconds those of the process and its children. Memory is the peak of
 the proportional set size (PSS) of all its processes, sampled 20 times a second, or the largest resident set of the
 first one, asked 100 times a second, where that is more.
@@ -31,7 +32,9 @@ SUFFIXES = (".bin", ".idx")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--corpus", type=Path, required=True, metavar="FOLDER", help="of fetch_corpus.py --size full")
+    parser.add_argument(
+        "--corpus", type=Path, required=True, metavar="FOLDER", help="with zh.jsonl, en.jsonl and code.jsonl"
+    )
     parser.add_argument("--tokenizer-model", type=Path, required=True, metavar="F.model", help="of sentencepiece")
     parser.add_argument(
         "--megabytes", type=float, default=40, help="of en and of code; zh is taken whole (default: 40)"

@@ -1,6 +1,6 @@
 """What equal bits cost: the drift check and sums in a fixed tree, against the step they belong to.
 
-    python benchmarks/equal_bits.py [quick|mid] [--layouts "TP 2" "DP 2"] [--tree] [--rounds N]
+    python benchmarks/equal_bits_cost.py [quick|mid] [--layouts "TP 2" "DP 2"] [--tree] [--rounds N]
 
 Two ranks on the cores of this machine, over gloo, with the presets of cpu_step.py in bf16. Steps and checks alternate;
 the figures are medians of rank 0. The share is that of one check every 100 steps, the default of

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from equal_bits import random_batches
+from equal_bits_cost import random_batches
 from loss_parity import LAST, read_tokens, smooth, train_side
 from loss_parity import config_of as parity_config
 from ranks import meet
