@@ -142,7 +142,7 @@ def outlet_of(stream: TextIO) -> Outlet | None:
 
 
 def stdout_outlet() -> Outlet | None:
-    """That of ``sys.stdout``."""
+    """The outlet behind ``sys.stdout``."""
     return outlet_of(sys.stdout)
 
 

@@ -231,7 +231,7 @@ def memory_bytes() -> tuple[int, int | None]:
 
 
 def resident_bytes() -> int:
-    """Of this process, now."""
+    """Resident memory of this process, now."""
     with contextlib.suppress(OSError):
         return int((_PROCESSES / "self/statm").read_text().split()[1]) * resource.getpagesize()
     return int(_ps("rss", os.getpid()) or 0) * 1024

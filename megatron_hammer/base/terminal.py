@@ -55,7 +55,7 @@ def size_of_window(stream: TextIO, environment: Mapping[str, str] | None = None)
 
 
 def width_of(text: str) -> int:
-    """Columns of a text."""
+    """How many columns of a terminal a text takes."""
     return sum(
         0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in printable(text)
     )

@@ -62,7 +62,7 @@ class SliceToWrite:
 
     @property
     def key(self) -> str:
-        """Name in the file."""
+        """The name of the slice in its file."""
         return slice_key(self.name, self.kind, self.rows, self.cols)
 
 

@@ -106,5 +106,5 @@ def state_digest(tensors: Sequence[LogicalTensor], sums: Sequence[int], step: in
 def digest_of(
     tensors: Sequence[LogicalTensor], sums: Sequence[int], step: int, state: Mapping[str, Any]
 ) -> StateDigest:
-    """What a manifest keeps."""
+    """The digest as a manifest keeps it."""
     return StateDigest(state_digest(tensors, sums, step, state), tuple(f"{s:016x}" for s in sums))

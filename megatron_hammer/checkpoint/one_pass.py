@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of bytes to know them again, made while they are copied: each is fetched from memory once.
+"""The hashes and sums by which a checkpoint knows its bytes again, made while they are copied: each is fetched once.
 
 ::
 

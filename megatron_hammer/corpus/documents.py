@@ -92,7 +92,7 @@ class Skipped:
         ]
 
     def describe(self) -> dict[str, int]:
-        """For a manifest."""
+        """The counts, as a manifest keeps them."""
         return dict(sorted(self.counts.items()))
 
     def __enter__(self) -> Skipped:

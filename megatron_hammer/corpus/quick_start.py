@@ -1,8 +1,8 @@
 """A small sample corpus of real text, made from what a fresh machine has or can get with pip: the quick start's corpus.
 
 ``tools/make_sample_corpus.py`` makes it for the examples. It is in this package because its product is a corpus like
-any other, written by the same ``LineWriter``; but it is a source of text and no tool for corpora, so no other module of
-the package imports it. (``sample.py`` draws a sample from an existing corpus.)
+any other, written by the same ``LineWriter``; but it is a source of text and no tool for corpora, so nothing else in
+``corpus/`` imports it (the self-test makes it, too). (``sample.py`` draws a sample from an existing corpus.)
 
     zh    the prose in the interface descriptions of a small published SDK (from pip), and this repository's essays
     en    the help topics of pydoc and the longer module docstrings of the standard library

@@ -70,7 +70,7 @@ _LINES_BETWEEN_FLUSHES = 1 << 14  # of documents of 3 KB: 50 MB
 
 @dataclass(frozen=True)
 class ShuffleSummary:
-    """What was done."""
+    """What a shuffle has read and written."""
 
     output: Path
     lines: int

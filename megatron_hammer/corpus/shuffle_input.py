@@ -24,6 +24,8 @@ _LINE_BREAK, _CARRIAGE_RETURN = 10, 13
 
 
 class FileStart(NamedTuple):
+    """Where the lines of a file begin in a ``LineBlock``."""
+
     offset: int
     """In the block."""
     path: Path

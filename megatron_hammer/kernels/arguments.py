@@ -60,7 +60,7 @@ class ShardState(ABC):
 
 @dataclass(frozen=True)
 class AdamWState(ShardState):
-    """With both moments."""
+    """What AdamW keeps of some weights: both moments."""
 
     weight: Tensor
     grad: Tensor
@@ -77,7 +77,7 @@ class AdamWState(ShardState):
 
 @dataclass(frozen=True)
 class MuonState(ShardState):
-    """With the first moment alone."""
+    """What Muon keeps of some weights: the first moment alone."""
 
     weight: Tensor
     grad: Tensor

@@ -109,7 +109,7 @@ class DistributedReader:
                 yield short, layer
 
     def dtype(self, name: str, layer: int | None) -> torch.dtype:
-        """Of a tensor."""
+        """The type in which a tensor is stored."""
         keys = [name] if layer is None else [full_name(name, layer), LAYERS + name]
         entry = next(self._tensors[key] for base in keys for key in (base, f"{base}_w") if key in self._tensors)
         return DTYPES.get(entry.dtype) or self.tensor(name, layer).dtype

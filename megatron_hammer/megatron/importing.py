@@ -74,7 +74,7 @@ class MegatronCheckpoint(Protocol):
         """All tensors, each with its layer."""
 
     def dtype(self, name: str, layer: int | None) -> torch.dtype:
-        """Of a tensor."""
+        """The type in which a tensor is stored."""
 
     def rows(self, name: str) -> int:
         """Of the embedding, padding included; nothing is read for it."""

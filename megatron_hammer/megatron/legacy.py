@@ -115,7 +115,7 @@ class LegacyReader:
         return self._shards.keys()
 
     def dtype(self, name: str, layer: int | None) -> torch.dtype:
-        """Of a tensor."""
+        """The type in which a tensor is stored."""
         return self._shards[name, layer][0].dtype
 
     def rows(self, name: str) -> int:

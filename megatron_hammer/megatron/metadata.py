@@ -24,7 +24,7 @@ _MOST = 2**53  # elements of a tensor, bytes of a file: beyond every disk, and e
 
 @dataclass(frozen=True)
 class Chunk:
-    """A rectangle of a tensor."""
+    """A rectangle of a tensor, stored as one."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -57,7 +57,7 @@ class ChunkPlace:
 
 @dataclass(frozen=True)
 class Metadata:
-    """All of it that reading needs."""
+    """What reading needs of a checkpoint's ``.metadata``."""
 
     names: tuple[str, ...]
     """Of everything, tensors or not."""

@@ -22,7 +22,7 @@ MOST_GENERATIONS = 20_000
 
 @dataclass(frozen=True)
 class Generation:
-    """One line."""
+    """One line of the file: how a checkpoint continues a prompt."""
 
     step: int
     prompt: str

@@ -76,7 +76,7 @@ class ParameterShard:
 
     @property
     def range(self) -> tuple[int, int]:
-        """In the buffers."""
+        """The elements of the buffers that the shards have of the parameter, first and end."""
         return self.offset + self.start, self.offset + self.stop
 
 

@@ -1,4 +1,4 @@
-"""All collectives of the program: the plain ones and their differentiable forms. No other module calls torch's.
+"""All collectives of the program: the plain ones and their differentiable forms. No other module calls one of torch's.
 
 Each takes its group; a group of size 1 returns its input and never communicates. The differentiable pairs are those of
 Megatron-LM (arXiv 1909.08053 section 3, and 2205.05198 section 4.2 for the sequence-parallel ones)::

@@ -2,7 +2,8 @@
 
 A node that is switched off or cut off from the network closes no connection, so nothing ends and nothing fails until a
 collective's time is up, and what fails then is a healthy rank. So every launcher counts up a number of its own in the
-store once a second, and node 0 looks at those of the others::
+store once a second, and node 0 looks at those of the others (under torchrun and srun the first rank of each node does
+so, ``torchrun.py``)::
 
     node 0   hosts the store     sees the node whose number stands still
     node k   reaches the store   or not: then node 0 is cut off from it, or it from node 0

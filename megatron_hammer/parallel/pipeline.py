@@ -95,7 +95,7 @@ class Pipeline:
 
     @property
     def num_stages(self) -> int:
-        """Of the whole model."""
+        """Stages of the whole model, on all ranks together."""
         return self.ranks * self.stages_per_rank
 
     @property

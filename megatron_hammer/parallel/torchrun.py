@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Surroundings:
-    """The other ranks of this one.
+    """What a rank shares with the others that torchrun or srun has started: store, board, heartbeat, watchman.
 
     Args:
         timeout_seconds: of collectives (``parallel.timeout_seconds``).

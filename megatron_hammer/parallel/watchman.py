@@ -51,7 +51,7 @@ def share_board(store: StoreLike, node: int, local_rank: int, ranks: int) -> Boa
 
 
 class Watchman:
-    """Watches the ranks of this machine for this one of them.
+    """Watches the ranks of this machine, on behalf of one of them.
 
     Args:
         numbers: of the ranks, in the order of the board.

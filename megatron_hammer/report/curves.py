@@ -191,7 +191,7 @@ class MetricsReader:
         return np.array(self.steps, np.int64)[places[good]], np.array(curve.values, np.float32)[good]
 
     def points_of_a_curve(self) -> int:
-        """How many each may have."""
+        """How many points each curve may have."""
         return min(MOST_OF_A_CURVE, max(LEAST_POINTS, MOST_POINTS // max(1, len(self.curves))))
 
 

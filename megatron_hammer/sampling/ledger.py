@@ -155,5 +155,5 @@ def _parsed(line: bytes) -> Any:
 
 
 def ledger_bytes(ledger: Sequence[Rewind]) -> bytes:
-    """The file."""
+    """The content of the file that holds a ledger."""
     return b"".join(json.dumps(rewind.to_tree()).encode() + b"\n" for rewind in ledger)

@@ -30,7 +30,7 @@ class MixSource:
 
 @dataclass(frozen=True)
 class PhaseMix:
-    """One phase."""
+    """What one phase draws from, and how much of it."""
 
     length: str
     """As the config has it, "10,000,000 tokens"; empty: to the end of the run."""

@@ -46,7 +46,7 @@ class Mix:
     """Source, by its place among those of the run -> share of the samples."""
 
     def goes_on_as(self, other: Mix) -> bool:
-        """Whether both draw alike."""
+        """Whether another mix has the same shares and length of samples."""
         return self.seq_length == other.seq_length and dict(self.shares) == dict(other.shares)
 
 

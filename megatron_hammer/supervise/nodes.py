@@ -21,5 +21,5 @@ class Node:
 
     @property
     def world_size(self) -> int:
-        """Ranks over all nodes."""
+        """Ranks of the whole run, over all nodes."""
         return self.nproc * self.nnodes

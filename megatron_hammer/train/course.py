@@ -1,4 +1,4 @@
-"""Which samples the steps of a run hold that has been under way: as its checkpoint and its metrics.jsonl say.
+"""Which samples the past steps of a run held, as its checkpoint and its metrics.jsonl say.
 
 A checkpoint tells how many samples so many steps have consumed. Where all of them had the sizes that the config says,
 that is everything; where the batch was made larger or smaller in mid-run, or the checkpoint came from elsewhere, the

@@ -84,7 +84,7 @@ class CudaGraphs:
         return graph, output
 
     def wait(self) -> None:
-        """On all streams."""
+        """Until no stream of the device runs anything any more."""
         torch.cuda.synchronize()
 
 

@@ -33,7 +33,7 @@ PIPELINED_AT_ONCE = 32  # micro-batches: stages wait for each other once for so 
 
 @dataclass(frozen=True)
 class ValidResult:
-    """What one set gave."""
+    """What an evaluation gave on one validation set."""
 
     loss: float
     perplexity: float

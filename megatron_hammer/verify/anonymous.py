@@ -70,7 +70,7 @@ class Anonymiser:
         self._names = _by_length(dict.fromkeys(_hosts(named), HOST) | dict.fromkeys(_people(named, _home()), PERSON))
 
     def text(self, text: str) -> str:
-        """The text without it."""
+        """The text without what is private in it."""
         text = _FRAMES.sub("", text).replace(self._package, "")
         for word, shown in self._words:
             text = text.replace(word, shown)

@@ -157,7 +157,7 @@ class Drill:
         self._file_limit = 0
 
     def run(self) -> DrillReport:
-        """All of it."""
+        """Run the training once undisturbed and once under faults, and compare the two."""
         reference, drilled = self._folder / "undisturbed", self._folder / "drilled"
         self._note(f"{self._world_size} ranks, {self._config.train.num_steps} steps, undisturbed")
         code, said = self._finish(self._start(reference))

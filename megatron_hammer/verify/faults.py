@@ -45,7 +45,7 @@ class DrilledRun:
                 os.kill(pid, number)
 
     def steps(self) -> int:
-        """How many are done."""
+        """How many steps are done."""
         return steps_done(self.output)
 
     def wait_for(self, condition: Callable[[], bool]) -> bool:

@@ -46,7 +46,7 @@ OUTSIDE = "layers"
 
 @dataclass
 class Counted:
-    """What one rank needs."""
+    """What was counted of one rank: what it keeps and what it sends."""
 
     state: dict[str, int]
     """Bytes of weights, gradients and optimizer."""

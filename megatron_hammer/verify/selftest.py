@@ -48,7 +48,7 @@ class PartResult:
 
     @property
     def word(self) -> str:
-        """What became of it."""
+        """What became of the part, in one word."""
         return "FAILED" if self.exit_code else "skipped" if self.found.startswith(NOT_TRIED) else "passed"
 
     def lines(self) -> list[str]:
@@ -146,7 +146,7 @@ def selftest_exit_code(results: Sequence[PartResult]) -> int:
 
 
 def selftest_summary(results: Sequence[PartResult]) -> str:
-    """The last line."""
+    """The last line of the report."""
     names = {word: [r.name for r in results if r.word == word] for word in ("passed", "skipped", "FAILED")}
     passed, seconds = len(names["passed"]), sum(result.seconds for result in results)
     if passed == len(results):

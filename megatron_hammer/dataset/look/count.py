@@ -35,7 +35,7 @@ _TOKENS_AT_ONCE = 1 << 22
 
 @dataclass
 class SourceCount:
-    """A row. None: not known from what was given."""
+    """The counts of one source, a row of the table. None: not known from what was given."""
 
     name: str
     documents: int = 0
@@ -61,6 +61,8 @@ def _sum(a: int | None, b: int | None) -> int | None:
 
 @dataclass(frozen=True)
 class CountTable:
+    """All sources and their sum."""
+
     rows: list[SourceCount]
     total: SourceCount
     shares_of: str
@@ -73,7 +75,7 @@ class CountTable:
         return part / whole if part is not None and whole else None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The table as JSON values."""
 
         def fields(row: SourceCount) -> dict[str, Any]:
             return {

@@ -32,7 +32,7 @@ _BITS = 64
 
 @dataclass(frozen=True)
 class Match:
-    """One place."""
+    """One place where the text stands."""
 
     document: int
     offset: int

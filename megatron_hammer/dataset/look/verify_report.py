@@ -27,7 +27,7 @@ class Report:
     """Counts, ready for JSON."""
 
     def describe(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """The report as JSON values."""
         return {
             "prefix": self.prefix,
             "sound": not self.problems and not self.contaminated,

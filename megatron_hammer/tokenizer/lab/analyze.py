@@ -178,6 +178,8 @@ def encode_characters(tokenizer: Tokenizer, pieces: Pieces, characters: Sequence
 
 @dataclass(frozen=True)
 class Share:
+    """How many of some characters are covered."""
+
     covered: int
     characters: int
 
