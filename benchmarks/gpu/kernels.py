@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gpu.measure import Bench, Item, Missing, Result, forward_and_backward, needed, summary, times
 from megatron_hammer.config import OptimizerConfig
-from megatron_hammer.kernels.arguments import AdamWState, Columns
+from megatron_hammer.kernels.argument_types import AdamWState, Columns
 from megatron_hammer.kernels.backend import Backend, Requirements
 from megatron_hammer.kernels.linear_cross_entropy import CHUNK_TOKENS
 from megatron_hammer.kernels.selection import TABLES

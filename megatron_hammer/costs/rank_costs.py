@@ -56,7 +56,7 @@ from megatron_hammer.optim.tree_store import TreeStore
 from megatron_hammer.parallel.fake_world import LABELS, Collective
 from megatron_hammer.parallel.grid import Grid
 from megatron_hammer.parallel.placement import Placement
-from megatron_hammer.parallel.tree import most_waiting
+from megatron_hammer.parallel.sum_tree import most_waiting
 
 GIB = 2**30
 BYTES_OF_SUM = 8

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from megatron_hammer.config import OptimizerConfig
-from megatron_hammer.kernels.arguments import AdamWState
+from megatron_hammer.kernels.argument_types import AdamWState
 from megatron_hammer.kernels.backend import ANYWHERE, CUDA, FLOATS, HALVES, Backend, Requirements
 from megatron_hammer.kernels.libraries import apex
 from megatron_hammer.kernels.native import devices as native

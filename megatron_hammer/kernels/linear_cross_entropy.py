@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_hammer.config import KernelsConfig
-from megatron_hammer.kernels.arguments import Columns
+from megatron_hammer.kernels.argument_types import Columns
 from megatron_hammer.kernels.backend import CPU, CUDA, HALVES, Backend
 from megatron_hammer.kernels.native import devices as native
 from megatron_hammer.kernels.native import triton_rows

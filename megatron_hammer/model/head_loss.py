@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.kernels.arguments import Columns
+from megatron_hammer.kernels.argument_types import Columns
 from megatron_hammer.kernels.linear import Division, Gradient, Products, once_differentiable
 from megatron_hammer.kernels.linear_cross_entropy import combine_statistics
 from megatron_hammer.kernels.native.cpu import empty

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels.adamw import OptimizerKernels
-from megatron_hammer.kernels.arguments import AdamWState, ShardState
+from megatron_hammer.kernels.argument_types import AdamWState, ShardState
 from megatron_hammer.optim.buckets import Stretch
 from megatron_hammer.optim.stage_stores import StageStores
 from megatron_hammer.optim.store import FlatStore

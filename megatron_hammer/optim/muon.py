@@ -40,7 +40,7 @@ from torch import Tensor
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels import newton_schulz
 from megatron_hammer.kernels.adamw import OptimizerKernels
-from megatron_hammer.kernels.arguments import MuonState, ShardState
+from megatron_hammer.kernels.argument_types import MuonState, ShardState
 from megatron_hammer.kernels.newton_schulz import orthogonalise
 from megatron_hammer.optim.adamw import AdamW, AnyStore, master_of
 from megatron_hammer.optim.buckets import Stretch

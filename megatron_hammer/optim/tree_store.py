@@ -1,6 +1,6 @@
 """A store whose sums have the same bits for any number of data-parallel ranks (``train.deterministic_reduction=tree``).
 
-Gradients are added by the tree of ``parallel/tree.py``. Each micro-batch writes its gradients over those of the one
+Gradients are added by the tree of ``parallel/sum_tree.py``. Each micro-batch writes its gradients over those of the one
 before, which by then are added to a partial sum that waits, or wait themselves::
 
     accumulated 4, turns 0 2 1 3     grads       0      2         1           3
@@ -27,7 +27,7 @@ from megatron_hammer.optim.buckets import Bucket, Row
 from megatron_hammer.optim.store import FlatStore, GradientWatch, sum_in_one_message
 from megatron_hammer.parallel.collectives import all_reduce, start_exchange
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.parallel.tree import fold, sum_over_copies, tree_sum, turns
+from megatron_hammer.parallel.sum_tree import fold, sum_over_copies, tree_sum, turns
 
 BLOCKS_AT_ONCE = 1024  # of the norm: 16 MiB in fp32
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_hammer.model.llama import Model, stages_of
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.parallel.tree import fold
+from megatron_hammer.parallel.sum_tree import fold
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.samples import ValidData
 from megatron_hammer.train.pipeline import pipelined_losses

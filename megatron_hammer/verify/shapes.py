@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.kernels.adamw import OptimizerKernels
-from megatron_hammer.kernels.arguments import Columns
+from megatron_hammer.kernels.argument_types import Columns
 from megatron_hammer.kernels.linear_cross_entropy import LossKernels
 from megatron_hammer.kernels.native import autograd as fused
 from megatron_hammer.kernels.operations import Operations

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels.adamw import adamw_
-from megatron_hammer.kernels.arguments import AdamWState
+from megatron_hammer.kernels.argument_types import AdamWState
 from megatron_hammer.kernels.native import autograd as fused
 from megatron_hammer.kernels.norm import add_rms_norm
 from megatron_hammer.kernels.rope import rope

@@ -26,7 +26,7 @@ from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels import adamw, norm
 from megatron_hammer.kernels.adamw import OptimizerKernels
-from megatron_hammer.kernels.arguments import AdamWState
+from megatron_hammer.kernels.argument_types import AdamWState
 from megatron_hammer.kernels.attention import BACKENDS, each_document, whole_samples
 from megatron_hammer.kernels.backend import Requirements
 from megatron_hammer.kernels.libraries import apex, flash, liger, te

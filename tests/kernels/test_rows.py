@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.config import OptimizerConfig
-from megatron_hammer.kernels.arguments import AdamWState
+from megatron_hammer.kernels.argument_types import AdamWState
 from megatron_hammer.kernels.attention import each_document, whole_samples
 from megatron_hammer.kernels.backend import Backend, Requirements
 from megatron_hammer.kernels.packed_sequences import PackedSequences

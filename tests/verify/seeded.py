@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_hammer.config import Config
-from megatron_hammer.kernels import arguments, context_parallel
+from megatron_hammer.kernels import argument_types, context_parallel
 from megatron_hammer.kernels import linear as linear_layers
 from megatron_hammer.kernels.newton_schulz import orthogonalise
 from megatron_hammer.kernels.packed_sequences import PackedSequences
@@ -48,8 +48,8 @@ def _norms_not_summed() -> Any:
 
 
 def _padding_counts() -> Any:
-    real = arguments.Columns.of
-    return mock.patch.object(arguments.Columns, "of", lambda rank, local, vocab: real(rank, local, 10**6))
+    real = argument_types.Columns.of
+    return mock.patch.object(argument_types.Columns, "of", lambda rank, local, vocab: real(rank, local, 10**6))
 
 
 def _wrong_groups() -> Any:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.config import OptimizerConfig
-from megatron_hammer.kernels.arguments import AdamWState
+from megatron_hammer.kernels.argument_types import AdamWState
 
 USED: Mapping[str, tuple[str, ...]] = {  # module and name -> arguments, in their order
     "apex.normalization.fused_layer_norm.fused_rms_norm_affine": ("input", "weight", "normalized_shape", "eps"),

@@ -21,7 +21,7 @@ import torch  # before the module below: its OpenMP runtime must be the one that
 from torch import Tensor
 
 from megatron_hammer.base.compiled import find_compiled
-from megatron_hammer.kernels.arguments import Columns
+from megatron_hammer.kernels.argument_types import Columns
 
 INTERFACE = 7  # raised with every change of the compiled functions: an old build must not be called with new arguments
 DTYPES = frozenset({torch.float32, torch.bfloat16})

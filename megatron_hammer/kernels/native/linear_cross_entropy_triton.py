@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.kernels.arguments import Columns
+from megatron_hammer.kernels.argument_types import Columns
 from megatron_hammer.kernels.native.triton_rows import multiprocessors, on_its_gpu
 
 try:

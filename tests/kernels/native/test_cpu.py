@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels import linear_cross_entropy as losses
 from megatron_hammer.kernels.adamw import adamw_, add_square_sum
-from megatron_hammer.kernels.arguments import AdamWState, Columns
+from megatron_hammer.kernels.argument_types import AdamWState, Columns
 from megatron_hammer.kernels.linear_cross_entropy import combine_statistics
 from megatron_hammer.kernels.native import autograd as fused
 from megatron_hammer.kernels.native import cpu

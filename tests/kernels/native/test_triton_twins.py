@@ -171,7 +171,7 @@ def test_the_twins_compile_for_gpus(tmp_path: Path) -> None:
 @needs_triton
 def test_kernels_run_on_the_gpu_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton launches on the current GPU: for tensors on another one that one becomes current, for this call."""
-    from megatron_hammer.kernels.arguments import Columns
+    from megatron_hammer.kernels.argument_types import Columns
     from megatron_hammer.kernels.native import linear_cross_entropy_triton as loss
 
     of: list[torch.Tensor] = []

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_hammer.parallel.tree import fold, most_waiting, turns
+from megatron_hammer.parallel.sum_tree import fold, most_waiting, turns
 
 
 def subtree(leaves: list[Tensor]) -> Tensor:
