@@ -204,7 +204,8 @@ def train_on(machines: list[str], folder: Path) -> list[subprocess.Popen[str]]:
 
 def test_torchrun_trains_on_two_machines(machines: list[str], tmp_path: Path) -> None:
     """Each of which resolves its own name to loopback, or to nothing."""
-    nodes = train(machines, tmp_path, "torchrun", "train.num_steps=2", "train.eval_interval_steps=2")
+    patient = "parallel.timeout_seconds=60"  # nobody is to be missed, however loaded the machine is
+    nodes = train(machines, tmp_path, "torchrun", "train.num_steps=2", "train.eval_interval_steps=2", patient)
     ended = [(node.communicate(timeout=120)[1][-2000:], node.returncode) for node in nodes]
     assert [code for _, code in ended] == [0, 0], ended
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes().count(b"\n") == 2
