@@ -12,11 +12,10 @@ with the corpus.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import TypeVar
 
 import numpy as np
 
@@ -25,10 +24,6 @@ from megatron_hammer.corpus.file_blocks import Block
 from megatron_hammer.corpus.long import LongText
 from megatron_hammer.corpus.parse import RejectedDocument, parse_block
 from megatron_hammer.dataset.make.job import Job
-
-T = TypeVar("T")
-R = TypeVar("R")
-
 
 _ROOM_BLOCKS = 2  # in flight for each worker, beside the one in work
 
@@ -54,7 +49,7 @@ def marks_of(job: Job) -> tuple[int | None, int | None]:
     return job.tokenizer.bos_id if job.prepend_bos else None, job.tokenizer.eos_id if job.append_eod else None
 
 
-def encode_block(job: Job, block: Block, threads: int = 1) -> EncodedBlock:
+def encode_block(job: Job, block: Block, threads: int) -> EncodedBlock:
     """Parse and encode: a pure function of the block, for any thread.
 
     Raises:
@@ -73,51 +68,34 @@ def encode_block(job: Job, block: Block, threads: int = 1) -> EncodedBlock:
 def encode_blocks(
     job: Job, blocks: Generator[Block, None, None], workers: int, stop: threading.Event | None = None
 ) -> Generator[EncodedBlock, None, None]:
-    """What each block becomes, in order; several are worked on at once."""
-    # The C++ encoder runs in as many calls at once as we like, each with its own caches; other libraries spread one
-    # call over their own threads.
-    calls, threads = (workers, 1) if job.tokenizer.encoder.startswith("C++") else (1, workers)
-
-    def work(block: Block) -> EncodedBlock:
-        alone = block.text_bytes > 2 * file_blocks.BLOCK_BYTES
-        return encode_block(job, block, workers if alone else threads)
-
-    room = (calls * (1 + _ROOM_BLOCKS)) * file_blocks.BLOCK_BYTES
-    return in_order(blocks, work, calls, lambda block: block.text_bytes, room, stop)
-
-
-def in_order(
-    items: Generator[T, None, None],
-    work: Callable[[T], R],
-    workers: int,
-    size_of: Callable[[T], int],
-    room: int,
-    stop: threading.Event | None = None,
-) -> Generator[R, None, None]:
-    """Yield ``work(item)`` of every item, in order.
+    """What each block becomes, in order.
 
     Args:
-        items: drawn in a thread of its own. An exception of it, or of ``work``, is raised here, in the item's turn.
-        size_of: of an item, in the unit of ``room``.
-        room: no item is drawn while items of this size in all are drawn and not done with. One that is larger is
-            worked on alone.
-        stop: when it is set, nothing more is drawn, and no more results are given.
+        blocks: read in a thread of its own, and none while the text of those that are read and not done with fills the
+            room: a block that is larger is worked on alone. What reading or encoding raises is raised here, in the
+            block's turn.
+        workers: threads that parse and encode.
+        stop: when it is set, nothing more is read, and no more results are given.
 
     Closing the generator ends the threads; what a worker has begun it finishes first.
     """
-    futures: SimpleQueue[tuple[Future[R], int] | None] = SimpleQueue()  # in order, with their items' sizes; then None
+    # The C++ encoder runs in as many calls at once as we like, each with its own caches; other libraries spread one
+    # call over their own threads.
+    calls, threads = (workers, 1) if job.tokenizer.encoder.startswith("C++") else (1, workers)
+    room = calls * (1 + _ROOM_BLOCKS) * file_blocks.BLOCK_BYTES
+    futures: SimpleQueue[Future[EncodedBlock] | None] = SimpleQueue()  # in order; None behind the last
     changed, stopped = threading.Condition(), stop or threading.Event()
-    held, ended = 0, False  # guarded by `changed`
-    pool = ThreadPoolExecutor(workers + 1)
+    held, ended = 0, False  # bytes of text in the room, and whether the caller is done: guarded by `changed`
+    pool = ThreadPoolExecutor(calls + 1)
 
-    def draw() -> None:
+    def read() -> None:
         nonlocal held
         try:
-            for item in items:
-                size = size_of(item)
-                futures.put((pool.submit(work, item), size))
+            for block in blocks:
+                is_long = block.text_bytes > 2 * file_blocks.BLOCK_BYTES
+                futures.put(pool.submit(encode_block, job, block, workers if is_long else threads))
                 with changed:
-                    held += size
+                    held += block.text_bytes
                     while held >= room and not ended:
                         changed.wait()
                 if ended or stopped.is_set():
@@ -125,19 +103,19 @@ def in_order(
         finally:
             futures.put(None)
 
-    drawing = pool.submit(draw)
+    reading = pool.submit(read)
     try:
-        while (drawn := futures.get()) is not None and not stopped.is_set():
-            future, size = drawn
-            yield future.result()
+        while (future := futures.get()) is not None and not stopped.is_set():
+            encoded = future.result()
+            yield encoded
             with changed:
-                held -= size
+                held -= encoded.block.text_bytes
                 changed.notify()
         if not stopped.is_set():
-            drawing.result()  # raises what `items` has raised
+            reading.result()  # raises what `blocks` has raised
     finally:
         with changed:
             ended = True
             changed.notify()
         pool.shutdown(cancel_futures=True)
-        items.close()
+        blocks.close()

@@ -5,11 +5,58 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from megatron_hammer.dataset.make.encoding import in_order
+from megatron_hammer.dataset.make import encoding
+
+
+@dataclass
+class Numbered:
+    """As much of a block, and of what it becomes, as this stage asks for."""
+
+    number: int
+    text_bytes: int = 1
+
+    @property
+    def block(self) -> Numbered:
+        return self
+
+
+Blocks = Generator[Numbered, None, None]
+Encode = Callable[..., Generator[Any, None, None]]
+
+
+@pytest.fixture
+def encode(monkeypatch: pytest.MonkeyPatch) -> Encode:
+    """``encode_blocks`` with another work for a block, and other room for them."""
+
+    def begin(
+        blocks: Blocks, work: Callable[[int], int], workers: int, room: int, stop: threading.Event | None = None
+    ) -> Generator[Any, None, None]:
+        monkeypatch.setattr(encoding, "encode_block", lambda job, block, threads: replaced(block, work))
+        monkeypatch.setattr(encoding, "_ROOM_BLOCKS", 0)
+        monkeypatch.setattr(encoding.file_blocks, "BLOCK_BYTES", room / workers)
+        job: Any = SimpleNamespace(tokenizer=SimpleNamespace(encoder="C++"))
+        given: Any = blocks
+        return encoding.encode_blocks(job, given, workers, stop)
+
+    def replaced(block: Numbered, work: Callable[[int], int]) -> Numbered:
+        return Numbered(work(block.number), block.text_bytes)
+
+    return begin
+
+
+def blocks_of(count: int) -> Blocks:
+    yield from map(Numbered, range(count))
+
+
+def same(number: int) -> int:
+    return number
 
 
 @pytest.fixture(autouse=True)
@@ -21,88 +68,89 @@ def no_threads_left() -> Iterator[None]:
 
 @pytest.mark.parametrize("workers", [1, 3, 16])
 @pytest.mark.parametrize("room", [1, 5, 1000])
-def test_results_keep_the_order_of_the_items(workers: int, room: int) -> None:
+def test_results_keep_the_order_of_the_blocks(workers: int, room: int, encode: Encode) -> None:
     rng = random.Random(workers)
     pauses = [rng.random() / 2000 for _ in range(100)]
 
-    def work(item: int) -> int:
-        time.sleep(pauses[item])
-        return item * item
+    def work(number: int) -> int:
+        time.sleep(pauses[number])
+        return number * number
 
-    assert list(in_order((k for k in range(100)), work, workers, lambda item: 1, room)) == [k * k for k in range(100)]
-    assert list(in_order((k for k in ()), work, workers, lambda item: 1, room)) == []
+    found = [item.number for item in encode(blocks_of(100), work, workers, room)]
+    assert found == [k * k for k in range(100)]
+    assert list(encode(blocks_of(0), work, workers, room)) == []
 
 
-def test_no_more_is_drawn_than_there_is_room_for() -> None:
-    drawn, done, most = 0, 0, 0
+def test_no_more_is_read_than_there_is_room_for(encode: Encode) -> None:
+    read, done, most = 0, 0, 0
 
-    def items() -> Generator[int, None, None]:
-        nonlocal drawn, most
+    def blocks() -> Blocks:
+        nonlocal read, most
         for k in range(200):
-            drawn += 1
-            most = max(most, drawn - done)
-            yield 100 if k == 50 else 3
+            read += 1
+            most = max(most, read - done)
+            yield Numbered(k, 100 if k == 50 else 3)
 
-    for _ in in_order(items(), lambda item: item, 4, lambda item: item, 12):
+    for _ in encode(blocks(), same, 4, 12):
         done += 1
         assert most <= 5  # four of 3, and the one in the reader's hand
     assert done == 200
 
 
-def test_an_error_comes_in_its_turn_and_ends_everything() -> None:
+def test_an_error_comes_in_its_turn_and_ends_everything(encode: Encode) -> None:
     closed = threading.Event()
 
-    def items() -> Generator[int, None, None]:
+    def blocks() -> Blocks:
         try:
-            yield from range(10)
+            yield from blocks_of(10)
             raise KeyError("while reading")
         finally:
             closed.set()
 
     got = []
     with pytest.raises(KeyError, match="while reading"):
-        got.extend(in_order(items(), lambda item: item, 3, lambda item: 1, 4))
+        got.extend(encode(blocks(), same, 3, 4))
     assert closed.is_set()
 
-    def work(item: int) -> int:
-        if item in (4, 7):
-            raise ValueError(f"item {item}")
-        return item
+    def work(number: int) -> int:
+        if number in (4, 7):
+            raise ValueError(f"block {number}")
+        return number
 
     for _ in range(20):
         found = []
-        with pytest.raises(ValueError, match="item 4"):
-            for result in in_order((k for k in range(10)), work, 3, lambda item: 1, 100):
-                found.append(result)
+        with pytest.raises(ValueError, match="block 4"):
+            for item in encode(blocks_of(10), work, 3, 100):
+                found.append(item.number)
         assert found == [0, 1, 2, 3]
 
 
-def test_it_ends_when_it_is_closed_or_told_to_stop() -> None:
-    def endless() -> Generator[int, None, None]:
+def test_it_ends_when_it_is_closed_or_told_to_stop(encode: Encode) -> None:
+    def endless() -> Blocks:
         while True:
-            yield 1
+            yield Numbered(1)
 
-    stream = in_order(endless(), lambda item: item, 2, lambda item: 1, 3)
+    stream = encode(endless(), same, 2, 3)
     next(stream)
     stream.close()
     stop = threading.Event()
     count = 0
-    for _ in in_order(endless(), lambda item: item, 2, lambda item: 1, 3, stop):
+    for _ in encode(endless(), same, 2, 3, stop):
         count += 1
         if count == 5:
             stop.set()
     assert count == 5
 
-    def never() -> Generator[int, None, None]:
-        yield 1
+    def never() -> Blocks:
+        yield Numbered(1)
         time.sleep(0.1)
         stop.set()  # while the caller waits
         ended.wait(5)
-        yield 2  # too late
+        yield Numbered(2)  # too late
 
     stop.clear()
     ended = threading.Event()
     timer = threading.Timer(0.5, ended.set)
     timer.start()
-    assert list(in_order(never(), lambda item: item, 1, lambda item: 1, 9, stop)) in ([1], [])
+    assert [item.number for item in encode(never(), same, 1, 9, stop)] in ([1], [])
     timer.join()
