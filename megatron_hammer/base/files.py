@@ -300,6 +300,11 @@ def dump_names(value: Any) -> bytes:
     return (re.sub(r"[\ud800-\udfff]", lambda half: rf"\\u{ord(half[0]):04x}", text) + "\n").encode()
 
 
+def canonical_json(value: Any) -> bytes:
+    """The one text of a JSON value, for its hash: sorted keys, no spaces, ASCII, finite numbers only."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
 def hash_bytes(content: bytes | memoryview) -> str:
     """XXH3-128 of some bytes, as 32 hex digits: the checksum of everything that we write."""
     return xxhash.xxh3_128_hexdigest(content)

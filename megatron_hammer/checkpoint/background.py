@@ -36,14 +36,13 @@ from typing import Any
 import torch
 
 from megatron_hammer.base.errors import DiskError, HammerError, from_fields
-from megatron_hammer.base.files import staging_path
+from megatron_hammer.base.files import canonical_json, staging_path
 from megatron_hammer.base.processes import KILL_SECONDS, outlives_a_kill
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.reading import read_regular
 from megatron_hammer.base.signals import STOP_SIGNALS, blocked
 from megatron_hammer.checkpoint.folder import Note, step_name
 from megatron_hammer.checkpoint.kinds import style_of
-from megatron_hammer.checkpoint.manifest import canonical_json
 from megatron_hammer.checkpoint.retention import Retention
 from megatron_hammer.checkpoint.snapshot import Snapshot, places_of
 from megatron_hammer.checkpoint.space import check_space

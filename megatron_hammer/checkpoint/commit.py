@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.base.faults import fault_point
-from megatron_hammer.base.files import sync_file, sync_folder, write_durably
+from megatron_hammer.base.files import canonical_json, sync_file, sync_folder, write_durably
 from megatron_hammer.base.reading import parse_json, read_regular
 from megatron_hammer.checkpoint.digest import MODULUS, Factors, digest_of
 from megatron_hammer.checkpoint.folder import publish_checkpoint, step_of
@@ -35,7 +35,6 @@ from megatron_hammer.checkpoint.manifest import (
     SavedLayout,
     SavedSlice,
     TokenizerFiles,
-    canonical_json,
     describe_tokenizer_files,
     slice_key,
     write_manifest,

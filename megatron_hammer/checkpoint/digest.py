@@ -24,11 +24,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_hammer.base.files import hash_bytes
+from megatron_hammer.base.files import canonical_json, hash_bytes
 from megatron_hammer.checkpoint.manifest import (
     LogicalTensor,
     StateDigest,
-    canonical_json,
 )
 from megatron_hammer.checkpoint.tensor_files import ITEM_BYTES
 from megatron_hammer.parallel.placement import Range

@@ -121,8 +121,10 @@ class DirectReader:
         self._descriptor, self._size = descriptor, size
         self._direct: int | None = None
         self._threads: ThreadPoolExecutor | None = None
-        self._blocks: dict[int, tuple[Future[int], memoryview]] = {}
-        self._spare: list[memoryview] = []
+        self._blocks: dict[int, Future[int]] = {}
+        """By their number in the file: how many bytes of each lie in memory, once they do."""
+        self._memory: list[memoryview] = []
+        """Block ``i`` lies in memory ``i`` modulo their count."""
         self._end = -SMALL_BYTES - 1  # of the last large read
 
     def parts(self, offset: int, size: int) -> Iterator[memoryview]:
@@ -142,8 +144,7 @@ class DirectReader:
         until = self._size if goes_on else offset + size
         while size:
             index, at = divmod(offset, READ_BLOCK_BYTES)
-            fetched, block = self._fetch(index, until)
-            part = block[at : min(fetched.result(), at + size)]
+            part = self._fetch(index, until)[at : at + size]
             if not part:
                 break
             yield part
@@ -152,23 +153,22 @@ class DirectReader:
         if offset == self._size:
             self.close()  # whoever reads many files one after the other has the memory of one
 
-    def _fetch(self, first: int, until: int) -> tuple[Future[int], memoryview]:
-        """Block ``first``; those after it that begin before ``until`` are on their way, too."""
+    def _fetch(self, first: int, until: int) -> memoryview:
+        """Block ``first``; the next ones that begin before ``until`` are on their way then."""
         if self._threads is None:
-            self._spare = _new_blocks(BLOCKS_AHEAD + 1, READ_BLOCK_BYTES)
+            self._memory = _new_blocks(BLOCKS_AHEAD + 1, READ_BLOCK_BYTES)
             self._direct = open_direct(self._descriptor)
             self._threads = ThreadPoolExecutor(BLOCKS_AHEAD, "disk-reader")
         last = max(first, min(first + BLOCKS_AHEAD, (until - 1) // READ_BLOCK_BYTES))
         wanted = range(first, last + 1)
         for index in [i for i in self._blocks if i not in wanted]:
-            fetched, block = self._blocks.pop(index)
-            fetched.exception()  # its thread lets go of the block before it is used again
-            self._spare.append(block)
+            self._blocks[index].exception()  # its thread lets go of the memory before another uses it
+            del self._blocks[index]
         for index in wanted:
             if index not in self._blocks:
-                block = self._spare.pop()
-                self._blocks[index] = (self._threads.submit(self._load, block, index * READ_BLOCK_BYTES), block)
-        return self._blocks[first]
+                room = self._memory[index % len(self._memory)]
+                self._blocks[index] = self._threads.submit(self._load, room, index * READ_BLOCK_BYTES)
+        return self._memory[first % len(self._memory)][: self._blocks[first].result()]
 
     def _load(self, room: memoryview, offset: int) -> int:
         """Fill memory from ``offset`` on, past the cache where it does not lie there; the count, smaller at the end."""
@@ -196,7 +196,7 @@ class DirectReader:
             self._threads.shutdown(cancel_futures=True)
             self._threads = None
         self._blocks.clear()
-        self._spare.clear()
+        self._memory.clear()
         if self._direct is not None:
             os.close(self._direct)
             self._direct = None

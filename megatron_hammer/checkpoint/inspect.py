@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError
+from megatron_hammer.base.files import canonical_json
 from megatron_hammer.base.progress import Progress, size_of
 from megatron_hammer.base.tables import align
 from megatron_hammer.checkpoint.digest import MODULUS, STATE_VALUES, digest_of
@@ -27,7 +28,6 @@ from megatron_hammer.checkpoint.manifest import (
     Manifest,
     SavedLayout,
     StateDigest,
-    canonical_json,
     checked_tokenizer_folder,
     read_manifest,
     saved_model,

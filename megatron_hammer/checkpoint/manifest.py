@@ -18,7 +18,6 @@ Needs no torch.
 from __future__ import annotations
 
 import bisect
-import json
 import math
 import re
 import stat
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError
-from megatron_hammer.base.files import hash_bytes, hash_content, hash_file, write_durably
+from megatron_hammer.base.files import canonical_json, hash_bytes, hash_content, hash_file, write_durably
 from megatron_hammer.base.reading import parse_json
 from megatron_hammer.checkpoint.tensor_files import ITEM_BYTES, open_checkpoint_file
 from megatron_hammer.config import ModelConfig, config_from_tree
@@ -170,11 +169,6 @@ def slice_key(name: str, kind: str, rows: Range, cols: Range | None) -> str:
     """Name under which a rectangle of a logical tensor is stored."""
     columns = "" if cols is None else f",{cols[0]}:{cols[1]}"
     return f"{kind}:{name}[{rows[0]}:{rows[1]}{columns}]"
-
-
-def canonical_json(tree: Any) -> bytes:
-    """The one text of a JSON value: sorted keys, no spaces, ASCII, finite numbers only."""
-    return json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def write_manifest(manifest: Manifest) -> None:

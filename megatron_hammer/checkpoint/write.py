@@ -30,13 +30,13 @@ from torch import Tensor
 
 from megatron_hammer.base.errors import HammerError
 from megatron_hammer.base.faults import fault_point
-from megatron_hammer.base.files import staging_path, sync_folder
+from megatron_hammer.base.files import canonical_json, staging_path, sync_folder
 from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.commit import SliceToWrite, SliceWatch, commit, stage_tokenizer_files, write_rank
 from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES, PRECISION_DTYPES
 from megatron_hammer.checkpoint.folder import Note, clean_up, step_name
 from megatron_hammer.checkpoint.kinds import style_of
-from megatron_hammer.checkpoint.manifest import SavedLayout, TokenizerFiles, canonical_json
+from megatron_hammer.checkpoint.manifest import SavedLayout, TokenizerFiles
 from megatron_hammer.checkpoint.retention import LAST_TWO, KnownCheckpoints, Retention, prune
 from megatron_hammer.checkpoint.space import check_space, checkpoint_bytes
 from megatron_hammer.checkpoint.tensor_files import CHUNK_BYTES

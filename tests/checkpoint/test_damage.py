@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.base.errors import CheckpointError
-from megatron_hammer.base.files import hash_bytes
+from megatron_hammer.base.files import canonical_json, hash_bytes
 from megatron_hammer.checkpoint import manifest as checkpoint_format
 from megatron_hammer.checkpoint.inspect import verify_checkpoint
-from megatron_hammer.checkpoint.manifest import canonical_json, checked_tokenizer_folder, read_manifest
+from megatron_hammer.checkpoint.manifest import checked_tokenizer_folder, read_manifest
 from megatron_hammer.checkpoint.tensor_files import TensorFileReader, TensorFileWriter
 from tests.checkpoint.layouts import FakeTokenizer, load_layout, random_logical, tiny_model, write_layout
 

@@ -175,7 +175,7 @@ def test_a_file_that_was_read_to_its_end_takes_no_memory_and_can_be_read_again(t
         for _ in range(2):
             assert b"".join(map(bytes, reader.parts(0, 3 * BLOCK))) == content[: 3 * BLOCK] and reader._blocks
             assert b"".join(map(bytes, reader.parts(3 * BLOCK, 3 * BLOCK))) == content[3 * BLOCK :]
-            assert not reader._blocks and not reader._spare and set(os.listdir("/proc/self/fd")) == descriptors
+            assert not reader._blocks and not reader._memory and set(os.listdir("/proc/self/fd")) == descriptors
         reader.close()
 
 

@@ -25,8 +25,8 @@ import pytest
 import torch
 
 from megatron_hammer.base.errors import HammerError, from_exception
-from megatron_hammer.base.files import hash_bytes
-from megatron_hammer.checkpoint.manifest import canonical_json, read_manifest, saved_model
+from megatron_hammer.base.files import canonical_json, hash_bytes
+from megatron_hammer.checkpoint.manifest import read_manifest, saved_model
 from megatron_hammer.config import load_config
 from megatron_hammer.corpus.documents import read_texts
 from megatron_hammer.dataset.reader import IndexedDataset

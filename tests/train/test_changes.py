@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from megatron_hammer.base.errors import ConfigError, RefusedError
-from megatron_hammer.base.files import hash_bytes
+from megatron_hammer.base.files import canonical_json, hash_bytes
 from megatron_hammer.checkpoint.folder import newest_checkpoint
-from megatron_hammer.checkpoint.manifest import MANIFEST, canonical_json
+from megatron_hammer.checkpoint.manifest import MANIFEST
 from megatron_hammer.config import Config, Effect, setting_effects
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
