@@ -15,6 +15,8 @@ import datetime
 import json
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 # Largest relative difference of a loss or gradient norm over the steps: fp32 differs in the order of sums (1e-5 seen on
 # a CPU), bf16 in roundings of 2^-9 that eight updates carry on.
 TOLERANCES = {"fp32": 1e-3, "bf16": 3e-2}
+SECONDS_EACH = 120  # of a layout, with the start of its processes: some 20 on an H200 (predicted)
+COLLECTIVE_SECONDS = 60  # after which a rank no longer waits for one that has failed
 
 
 def stage_through_host() -> None:
@@ -97,43 +101,67 @@ def config_of(shape: Shape, precision: str, layout: str) -> Config:
     )
 
 
-def rank_main(rank: int, store: str, device: str, shape: Shape, results: Any) -> None:
-    """One of the two processes: every layout and precision in turn."""
-    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+def rank_main(rank: int, store: str, device: str, shape: Shape, layouts: Sequence[str], results: Any) -> None:
+    """One of the two processes: these layouts and every precision in turn, each told as it ends."""
+    limit = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=limit)
     stage_through_host()
-    found = {}
-    for layout in LAYOUTS:
+    for layout in layouts:
         for precision in TOLERANCES:
             config = config_of(shape, precision, layout)
-            ctx = build_parallel_context(config.grid(2), torch.device(device))
-            found[layout, precision] = train(config, ctx, shape.steps)
-    if rank == 0:
-        results.put(found)
+            ctx = build_parallel_context(config.grid(2), torch.device(device), COLLECTIVE_SECONDS)
+            found = train(config, ctx, shape.steps)
+            if rank == 0:
+                results.put((layout, precision, found))
     dist.destroy_process_group()
     leave(0)  # gloo's threads do not always survive the interpreter's teardown
 
 
+Losses = list[tuple[float, float]]
+
+
+def of_two_processes(device: torch.device, shape: Shape) -> dict[tuple[str, str], Losses | str]:
+    """Losses and norms of each layout and precision, or why there are none. A layout that fails or hangs is left, and
+    the next begins in two new processes."""
+    context = torch.multiprocessing.get_context("spawn")
+    found: dict[tuple[str, str], Losses | str] = {}
+    while layouts := [x for x in LAYOUTS if any((x, p) not in found for p in TOLERANCES)]:
+        results, why = context.SimpleQueue(), ""
+        with tempfile.TemporaryDirectory() as folder:
+            given = (f"{folder}/store", str(device), shape, layouts, results)
+            ranks = torch.multiprocessing.start_processes(rank_main, given, 2, join=False, start_method="spawn")
+            end = time.monotonic() + SECONDS_EACH * len(layouts)
+            try:
+                while not (ended := ranks.join(timeout=5)) and time.monotonic() < end:
+                    pass
+                why = "" if ended else f"not done after {SECONDS_EACH * len(layouts)} s"
+            except Exception as error:  # of one of them; the other has been ended
+                why = str(error).strip().splitlines()[-1]
+            for process in ranks.processes:
+                process.kill()
+        while not results.empty():
+            layout, precision, losses = results.get()
+            found[layout, precision] = losses
+        if missing := [(x, p) for x in layouts for p in TOLERANCES if (x, p) not in found]:
+            found |= {(x, p): why or "no result" for x, p in missing if x == missing[0][0]}
+    return found
+
+
 def compare(device: torch.device, shape: Shape) -> list[dict[str, Any]]:
     """A line for each layout and precision."""
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = torch.multiprocessing.start_processes(
-            rank_main, (f"{folder}/store", str(device), shape, results), 2, join=False, start_method="spawn"
-        )
-        alone = {p: train(config_of(shape, p, "one"), ParallelContext.single(device), shape.steps) for p in TOLERANCES}
-        while not ranks.join():
-            pass
+    alone = {p: train(config_of(shape, p, "one"), ParallelContext.single(device), shape.steps) for p in TOLERANCES}
     lines = []
-    for (layout, precision), found in results.get().items():
+    for (layout, precision), found in of_two_processes(device, shape).items():
+        line: dict[str, Any] = {"layout": layout, "precision": precision, "tolerance": TOLERANCES[precision]}
+        if isinstance(found, str):
+            lines.append({**line, "right": False, "error": found})
+            continue
         pairs = list(zip(found, alone[precision]))
         off = max(abs(a - b) / abs(b) for two, one in pairs for a, b in zip(two, one))
         lines.append(
             {
-                "layout": layout,
-                "precision": precision,
+                **line,
                 "largest_relative_difference": off,
-                "tolerance": TOLERANCES[precision],
                 "right": off <= TOLERANCES[precision],
                 "losses": [two[0] for two in found],
                 "losses_of_one_process": [one[0] for one in alone[precision]],

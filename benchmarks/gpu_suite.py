@@ -30,6 +30,7 @@ import contextlib
 import datetime
 import importlib
 import json
+import math
 import os
 import queue
 import signal
@@ -132,7 +133,7 @@ def serve(small: bool, packages: str) -> None:
     device = torch.device("cuda", 0) if there else torch.device("cpu")
     for line in sys.stdin:
         question = json.loads(line)
-        bench = Bench(device, small, question.get("known", {}), packages)
+        bench = Bench(device, small, question.get("known", {}), packages, question.get("limit", math.inf))
         answer: Any = {"device": bench.name, "versions": dict(versions())}
         if "part" in question:
             module, _, function = PARTS[question["part"]].items.partition(":")
@@ -210,12 +211,13 @@ class Server:
 # ---- the one that asks -----------------------------------------------------------------------------------------------
 
 
-def run_part(name: str, server: Server, here: Mapping[str, Any], arguments: argparse.Namespace, end: float) -> None:
-    """Measure what of a part is not measured yet, while there is time."""
+def run_part(name: str, server: Server, here: Mapping[str, Any], arguments: argparse.Namespace, end: float) -> str:
+    """Measure what of a part is not measured yet, while there is time; why nothing could be, or an empty string."""
     part, results = PARTS[name], Results(arguments.results, name, here["device"], here["versions"], arguments.small)
     entries = server.ask(START_SECONDS, part=name, known=results.entries)
     if not isinstance(entries, list):
-        raise SystemExit(f"{name}: {entries['error']}")
+        print(f"{name}: {entries['error']}", flush=True)
+        return f"{name}: {entries['error']}"
     slower, skipped = 1.0, []  # than predicted, so far
     for entry in entries:
         if not arguments.again and results.has(entry):
@@ -227,7 +229,8 @@ def run_part(name: str, server: Server, here: Mapping[str, Any], arguments: argp
                 skipped.append(entry)
                 break
             began = time.monotonic()
-            result = server.ask(min(left, part.stop_seconds), part=name, entry=entry, known=results.entries)
+            limit = min(left, part.stop_seconds)
+            result = server.ask(limit, part=name, entry=entry, known=results.entries, limit=limit)
             if predicted:
                 slower = min(SLOWER_AT_MOST, max(slower, (time.monotonic() - began) / predicted))
             device_works = result.pop("device_works", False)
@@ -239,6 +242,7 @@ def run_part(name: str, server: Server, here: Mapping[str, Any], arguments: argp
                 break
     if skipped:
         print(f"{name}: no time for {', '.join(skipped)}; run the same command again", flush=True)
+    return ""
 
 
 def _told(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,7 +278,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run the parts asked for, then write the report if asked for."""
+    """Run the parts asked for, then write the report if asked for; a part that cannot begin stops no other."""
     end = time.monotonic()
     arguments = parse()
     end += arguments.limit
@@ -285,21 +289,22 @@ def main() -> None:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes longer than all else
     packages = unpack(arguments.wheels) if arguments.wheels else ""
     arguments.results.mkdir(parents=True, exist_ok=True)
-    names = arguments.part or ([] if arguments.report else list(PARTS))
+    names, failed = arguments.part or ([] if arguments.report else list(PARTS)), list[str]()
     if names:
         server = Server([sys.executable, __file__, "--serve", packages, *(["--small"] if arguments.small else [])])
         try:
             here = server.ask(START_SECONDS)
             if "error" in here:
                 raise SystemExit(here["error"])
-            for name in names:
-                run_part(name, server, here, arguments, end)
+            failed = [why for name in names if (why := run_part(name, server, here, arguments, end))]
         finally:
             server.end()
     if arguments.report:
         from gpu.report import write_reports
 
         print("\n".join(map(str, write_reports(arguments.results))))
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 if __name__ == "__main__":

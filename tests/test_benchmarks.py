@@ -210,6 +210,56 @@ def test_the_gpu_suite_goes_on_after_an_entry_that_crashes_hangs_or_does_not_fit
 
 
 @pytest.mark.usefixtures("benchmark_modules")
+def test_a_part_that_cannot_begin_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next part is measured and the report written, and the exit code says that something is missing."""
+    import gpu_suite
+
+    class Machine:
+        def __init__(self, command: Any) -> None: ...
+        def end(self) -> str:
+            return ""
+
+        def ask(self, seconds: float, **question: Any) -> Any:
+            if "part" not in question:
+                return {"device": "a GPU", "versions": {"torch": "2"}}
+            if question["part"] == "matmul":
+                return {"error": "exit code 1: ImportError: no such module"}
+            return {"device_works": True, "limit": question["limit"]} if "entry" in question else ["tests marked gpu"]
+
+    monkeypatch.setattr(gpu_suite, "Server", Machine)
+    monkeypatch.setattr(sys, "argv", ["suite", "--report", "--results", str(tmp_path), "--part", "matmul", "tests"])
+    with pytest.raises(SystemExit, match="matmul: exit code 1: ImportError"):
+        gpu_suite.main()
+    assert list(tmp_path.glob("a_GPU-*.md"))
+    (path,) = tmp_path.glob("gpu_suite-tests-*.json")
+    limit = json.loads(path.read_text())["items"]["tests marked gpu"]["limit"]
+    assert limit == gpu_suite.PARTS["tests"].stop_seconds
+
+
+@pytest.mark.usefixtures("benchmark_modules")
+def test_tests_without_time_left_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has run is told, what has not is an error, which is tried again."""
+    from gpu.marked_tests import SPARE_SECONDS, run_tests
+    from gpu.measure import Bench
+    from gpu.report import Session, tests
+    from shapes import TOY
+
+    from tests.kernels import gpu_check
+
+    def run(root: Path, name: str, seconds: float) -> gpu_check.Outcome:
+        time.sleep(0.2)  # both of them are longer than the time there is
+        return gpu_check.Outcome(name, "FAILED", 0.2, "one is not two", "")
+
+    monkeypatch.setattr(gpu_check, "functions", lambda root, word: ["test_a", "test_b"])
+    monkeypatch.setattr(gpu_check, "run", run)
+    monkeypatch.setattr("gpu.marked_tests.PROCESSES", 1)
+    found = run_tests(Bench(torch.device("cpu"), False, limit_seconds=SPARE_SECONDS + 0.1))
+    assert found["error"] == "no time for 1 of 2 functions" and found["FAILED"] == found["TIME"] == 1
+    told = "\n".join(tests(Session({"tests": {"it": found}}, TOY)))
+    assert "no time for 1 of 2 functions" in told and "FAILED test_a: one is not two" in told
+
+
+@pytest.mark.usefixtures("benchmark_modules")
 def test_what_does_not_fit_gets_half_the_micro_batch() -> None:
     """And as many tokens a step; a second round takes what fitted in the first."""
     from gpu.measure import Bench, attempt
@@ -297,6 +347,34 @@ def test_two_processes_equal_one_at_toy_size(suite: Any) -> None:
     done = run("gpu_suite.py", "--report", "--results", folder)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^\| [TD]P 2 \|.*\| True \|$", Path(done.stdout.strip()).read_text(), re.MULTILINE)) == 4
+
+
+@pytest.mark.usefixtures("benchmark_modules")
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_layout_that_fails_or_hangs_hides_no_other(hangs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_parallel
+    from shapes import TOY
+
+    class Ranks:
+        def __init__(self, function: Any, given: Any, *others: Any, **named: Any) -> None:
+            self.layouts, self.results, self.processes = *given[-2:], []
+
+        def join(self, timeout: float) -> bool:
+            if "TP 2" not in self.layouts:
+                for precision in gpu_parallel.TOLERANCES:
+                    self.results.put(("DP 2", precision, [(1.0, 2.0)]))
+                return True
+            if not hangs:
+                raise RuntimeError("-- Process 1 terminated\nValueError: no such kernel\n")
+            return False
+
+    monkeypatch.setattr(torch.multiprocessing, "start_processes", Ranks)
+    monkeypatch.setattr(gpu_parallel, "SECONDS_EACH", 0)
+    monkeypatch.setattr(gpu_parallel, "train", lambda config, ctx, steps: [(1.0, 2.0)])
+    right = {(x["layout"], x["precision"]): x for x in gpu_parallel.compare(torch.device("cpu"), TOY)}
+    assert len(right) == 4 and all(x["right"] == (layout == "DP 2") for (layout, _), x in right.items())
+    says = "not done after 0 s" if hangs else "ValueError: no such kernel"
+    assert right["TP 2", "bf16"]["error"] == says
 
 
 def test_document_masks_are_measured_at_toy_size() -> None:

@@ -58,6 +58,8 @@ class Bench:
     """Entries of the same part that were measured before."""
     packages: str = ""
     """Folder with a folder for each peer whose packages nobody else shall see."""
+    limit_seconds: float = math.inf
+    """After which an entry is taken to hang, and its process is ended."""
 
     @property
     def cuda(self) -> bool:

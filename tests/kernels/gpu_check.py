@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+NOT_BEGUN = "no time was left for it"
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,19 @@ def run(root: Path, name: str, seconds: float) -> Outcome:
     return Outcome(name, word, time.monotonic() - began, says, done.stdout + done.stderr)
 
 
-def run_all(root: Path, jobs: int, seconds: float, word: str = "") -> Iterator[Outcome]:
-    """All functions, some at a time; each as it ends, in order."""
+def run_all(root: Path, jobs: int, seconds: float, word: str = "", until: float = float("inf")) -> Iterator[Outcome]:
+    """All functions, some at a time; each as it ends, in order.
+
+    Args:
+        until: when all are to have ended, as ``time.monotonic`` has it: what runs then is stopped, the rest not begun.
+    """
+
+    def in_time(name: str) -> Outcome:
+        left = until - time.monotonic()
+        return run(root, name, min(seconds, left)) if left > 0 else Outcome(name, "TIME", 0.0, NOT_BEGUN, "")
+
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda name: run(root, name, seconds), functions(root, word))
+        yield from pool.map(in_time, functions(root, word))
 
 
 def check(root: Path, out: Path, jobs: int = 4, seconds: float = 150, word: str = "") -> int:
