@@ -52,7 +52,7 @@ def parser() -> ArgumentParser:
 def main() -> int:
     arguments = parser().parse_args()
     only_list()
-    from megatron_hammer.evaluation.measure import Options, check_options, measure, results_table, sets_of
+    from megatron_hammer.evaluation.measure import EvaluationOptions, check_options, measure, results_table, sets_of
     from megatron_hammer.evaluation.sets import parse_sets
     from megatron_hammer.evaluation.subjects import check_model_names, describe_subject, device_of_argument
     from megatron_hammer.tokenizer.load import load_tokenizer
@@ -65,7 +65,7 @@ def main() -> int:
     subjects = [describe_subject(model, arguments.step, arguments.backend) for model in arguments.models]
     check_model_names(subjects)
     mask = None if arguments.attention_mask is None else arguments.attention_mask == "document"
-    options = Options(
+    options = EvaluationOptions(
         arguments.seq_length, arguments.micro_batch_size, arguments.samples, arguments.around, arguments.key,
         arguments.dtype, device_of_argument(arguments.device), mask,
     )  # fmt: skip

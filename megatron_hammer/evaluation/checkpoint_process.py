@@ -29,12 +29,12 @@ def evaluate_checkpoint(task: Mapping[str, Any]) -> dict[str, float | None]:
     """Our own figures of a checkpoint on the task's sets, by ``evaluation/NAME/FIGURE``."""
     import torch
 
-    from megatron_hammer.evaluation.measure import Options, measure
+    from megatron_hammer.evaluation.measure import EvaluationOptions, measure
     from megatron_hammer.evaluation.sets import parse_sets
     from megatron_hammer.evaluation.subjects import describe_subject, device_of_argument
 
     torch.set_num_threads(task["threads"])
-    options = Options(samples=task["samples"], device=device_of_argument(task["device"]))
+    options = EvaluationOptions(samples=task["samples"], device=device_of_argument(task["device"]))
     sets = parse_sets([f"{name}={path}" for name, path in task["sets"].items()])
     found: dict[str, float | None] = {}
     for figures in measure([describe_subject(task["checkpoint"])], sets, options):

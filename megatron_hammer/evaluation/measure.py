@@ -41,7 +41,7 @@ Around = Literal["auto", "both", "bos", "eos", "none"]
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluationOptions:
     """How to measure; None: as the model's own config says."""
 
     seq_length: int | None = None
@@ -97,7 +97,7 @@ def sets_of(subjects: Sequence[Subject]) -> list[NamedSet]:
     raise ConfigError(34, "--set", "is not given, and none of the models is a run with data.valid", remedy)
 
 
-def check_options(subjects: Sequence[Subject], options: Options) -> None:
+def check_options(subjects: Sequence[Subject], options: EvaluationOptions) -> None:
     """Raise ``ConfigError`` for sizes that cannot be, or what a model is not made for."""
     sizes = {"--seq-length": options.seq_length, "--samples": options.samples}
     for name, value in (sizes | {"--micro-batch-size": options.micro_batch_size}).items():
@@ -121,7 +121,7 @@ def check_options(subjects: Sequence[Subject], options: Options) -> None:
 def measure(
     subjects: Sequence[Subject],
     sets: Sequence[NamedSet],
-    options: Options,
+    options: EvaluationOptions,
     reference: Tokenizer | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Figures]:
@@ -152,7 +152,7 @@ def _measure_one(
     model: Any,
     named: NamedSet,
     seq_length: int,
-    options: Options,
+    options: EvaluationOptions,
     reference: Tokenizer | None,
     folder: Path,
     ctx: ParallelContext,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megatron_hammer.base.errors import ParallelError
 
 
-class Surroundings:
+class OtherRanks:
     """What a rank shares with the others that torchrun or srun has started: store, board, heartbeat, watchman.
 
     Args:

@@ -87,7 +87,7 @@ class SourcePlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DrawPlan:
     """What a run draws, source by source, counted from its first step."""
 
     sources: tuple[SourcePlan, ...]
@@ -160,7 +160,7 @@ class RunPlan:
 
     phases: tuple[PhasePlan, ...]
     course: Course
-    whole: Plan | None
+    whole: DrawPlan | None
     """The same as one table, where there is one phase and one size of a step, now and before."""
     contents: tuple[SourceContent, ...]
     names: Mapping[str, str]
@@ -291,7 +291,7 @@ def plan_sources(
     num_steps: int,
     tokens_per_step: int,
     max_epochs: float | None = None,
-) -> Plan:
+) -> DrawPlan:
     """Work out what each source gives to a run.
 
     Args:
@@ -313,7 +313,7 @@ def plan_sources(
     proportions = sampling_weights(list(weights.values()), unit, available)
     total = num_steps * tokens_per_step
     shares = [proportion / sum(proportions) for proportion in proportions]
-    plan = Plan(
+    plan = DrawPlan(
         tuple(
             SourcePlan(prefix, weight, count, share, round(total * share))
             for (prefix, weight), count, share in zip(weights.items(), available, shares)
@@ -405,7 +405,7 @@ def _most_read(sources: Sequence[SourcePlan]) -> SourcePlan:
     return max(sources, key=lambda source: source.epochs)
 
 
-def format_plan(plan: Plan) -> str:
+def format_plan(plan: DrawPlan) -> str:
     """The plan as a table of one row a source, and a remark where the run's length is not what the weights ask for."""
     header = ["source", "tokens", f"weight ({plan.unit})", "share", "drawn", "epochs", "repeated"]
     rows = [

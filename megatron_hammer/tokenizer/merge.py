@@ -68,7 +68,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Merge:
+class MergedModel:
     """A merged model and what was done to the base.
 
     Attributes:
@@ -99,7 +99,7 @@ def merge_files(
     symbols_file: str | Path | None,
     output: Path,
     language: Language = "en",
-) -> Merge:
+) -> MergedModel:
     """Merge and write the model, the report of what was added and the histogram of the ratios into a folder.
 
     All is computed before the first file is written, and the model is written last.
@@ -141,7 +141,7 @@ def _load_model(path: str | Path) -> SentencePieceTokenizer:
 
 def merge_models(
     base: SentencePieceTokenizer, donor: SentencePieceTokenizer, required: RequiredCharacters, symbols: Sequence[str]
-) -> Merge:
+) -> MergedModel:
     """The merged model, by the module's three rules; writes nothing.
 
     Raises:
@@ -201,7 +201,7 @@ def merge_models(
 
     model = proto.SerializeToString(deterministic=True)
     load_processor(model, base.path)  # sentencepiece's own checks (a piece twice, say), before anything is written
-    return Merge(model, calibration, base_size, "".join(missing), tuple(appended), tuple(changed))
+    return MergedModel(model, calibration, base_size, "".join(missing), tuple(appended), tuple(changed))
 
 
 def calibrate(base_scores: dict[str, float], donor_scores: dict[str, float], characters: str) -> Calibration:
@@ -268,7 +268,7 @@ def draw_calibration(calibration: Calibration, title: str, language: Language = 
 
 
 def _describe(
-    merge: Merge, base: SentencePieceTokenizer, donor: SentencePieceTokenizer, required: RequiredCharacters
+    merge: MergedModel, base: SentencePieceTokenizer, donor: SentencePieceTokenizer, required: RequiredCharacters
 ) -> dict[str, Any]:
     """The report; it names files without their folders, so that equal inputs give equal reports anywhere."""
     calibration = merge.calibration

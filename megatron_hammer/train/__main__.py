@@ -46,9 +46,9 @@ def main() -> int:
 
     if world_size == 1:
         return run_rank(config, rank, local_rank, world_size, None, accepted=arguments.accept)
-    from megatron_hammer.parallel.torchrun import Surroundings
+    from megatron_hammer.parallel.torchrun import OtherRanks
 
-    nodes = Surroundings(rank, world_size, config.parallel.timeout_seconds)
+    nodes = OtherRanks(rank, world_size, config.parallel.timeout_seconds)
     try:
         code = run_rank(
             config, rank, local_rank, world_size, nodes.store, accepted=arguments.accept, status=nodes.status

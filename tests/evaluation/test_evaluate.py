@@ -23,7 +23,7 @@ from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.checkpoint.manifest import write_manifest
 from megatron_hammer.dataset.format import TokenizerRecord
 from megatron_hammer.dataset.writer import IndexedWriter
-from megatron_hammer.evaluation.measure import Figures, Options, check_options, measure, sets_of
+from megatron_hammer.evaluation.measure import EvaluationOptions, Figures, check_options, measure, sets_of
 from megatron_hammer.evaluation.sets import Framing, NamedSet, TextCounts, count_text, open_set, parse_sets
 from megatron_hammer.evaluation.subjects import ModelReader, describe_subject
 from megatron_hammer.huggingface.certificate import TEXTS
@@ -67,7 +67,7 @@ def figures(
     model: Path | str, sets: list[NamedSet], backend: ModelReader = "auto", reference: Any = None, **options: Any
 ) -> Figures:
     subject = describe_subject(str(model), backend=backend)
-    (found,) = measure([subject], sets, Options(**options), reference)
+    (found,) = measure([subject], sets, EvaluationOptions(**options), reference)
     return found
 
 
@@ -163,15 +163,15 @@ def test_a_family_that_we_do_not_know_is_computed_by_transformers(folder: Path, 
     subject = describe_subject(f"theirs={tmp_path}/gpt2")
     assert (subject.name, subject.kind, subject.longest, subject.seq_length) == ("theirs", "transformers", 32, 32)
     with pytest.raises(ConfigError, match=r"error\[E233\]: --seq-length=64 is longer than theirs is made for, 32"):
-        check_options([subject], Options(seq_length=64))
-    (found,) = measure([subject], texts_of(folder), Options(around="none"))
+        check_options([subject], EvaluationOptions(seq_length=64))
+    (found,) = measure([subject], texts_of(folder), EvaluationOptions(around="none"))
     ids = [i for text in DOCUMENTS for i in (subject.tokenizer.encode(text) if subject.tokenizer else [])]
     assert found.tokens == len(ids) - 1
     first = torch.tensor([ids[:33]])
     with torch.no_grad():
         logits = model(first[:, :-1]).logits[0]
     expected = torch.nn.functional.cross_entropy(logits, first[0, 1:]).item()
-    (window,) = measure([subject], texts_of(folder), Options(around="none", samples=1))
+    (window,) = measure([subject], texts_of(folder), EvaluationOptions(around="none", samples=1))
     assert window.loss == pytest.approx(expected, rel=1e-6)
     with pytest.raises(CheckpointError, match=r"error\[E421\]"):
         describe_subject(str(tmp_path / "gpt2"), backend="ours")
@@ -279,11 +279,11 @@ def test_documents_begin_as_prompts_do_where_the_data_has_gone(folder: Path, tmp
     assert subject.tokenizer is not None
     start = open_saved(open_checkpoint(tmp_path / "run")).start
     assert subject.begins_with_bos and start == (subject.tokenizer.bos_id,)
-    check_options([subject], Options(around="both"))
+    check_options([subject], EvaluationOptions(around="both"))
     subject.tokenizer.bos_id = None
-    check_options([subject], Options(around="eos"))
+    check_options([subject], EvaluationOptions(around="eos"))
     with pytest.raises(ConfigError, match=r"E233.*--around both asks for bos, which"):
-        check_options([subject], Options(around="both"))
+        check_options([subject], EvaluationOptions(around="both"))
     shutil.copytree(folder / "hf", tmp_path / "hf")
     for recorded in (False, True):  # an export knows, whatever its tokenizer does
         (tmp_path / "hf" / "certificate.json").write_text(json.dumps({"documents": {"begin_with_bos": recorded}}))

@@ -106,7 +106,7 @@ def test_compiled_kernels_stay_on_this_machine(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("TRITON_CACHE_DIR", "")  # is put back at the end, whatever is set meanwhile
     monkeypatch.delenv("TRITON_CACHE_DIR")
     monkeypatch.setattr(environment, "GPU_FILES", ("/dev/no-gpu",))
-    torchrun.Surroundings(0, 1, 60)
+    torchrun.OtherRanks(0, 1, 60)
     assert "TRITON_CACHE_DIR" not in os.environ and not folder.exists()
     monkeypatch.setattr(environment, "GPU_FILES", ("/dev/no-gpu", "/dev/null"))
     for mode, here, kept in ((None, None, str(folder)), (None, "/fast", "/fast"), (0o755, None, str(folder)),
@@ -119,12 +119,12 @@ def test_compiled_kernels_stay_on_this_machine(monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
         if here:
             monkeypatch.setenv("TRITON_CACHE_DIR", here)
-        torchrun.Surroundings(0, 1, 60)
+        torchrun.OtherRanks(0, 1, 60)
         assert os.environ.get("TRITON_CACHE_DIR") == kept
     folder.rmdir()
     folder.symlink_to(tmp_path)
     monkeypatch.delenv("TRITON_CACHE_DIR")
-    torchrun.Surroundings(0, 1, 60)
+    torchrun.OtherRanks(0, 1, 60)
     assert "TRITON_CACHE_DIR" not in os.environ
 
 

@@ -18,7 +18,7 @@ import pytest
 from megatron_hammer.base.errors import ConfigError, DataError, HammerError, RefusedError
 from megatron_hammer.tokenizer.convert import convert_tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
-from megatron_hammer.tokenizer.merge import Merge, merge_files, merge_models
+from megatron_hammer.tokenizer.merge import MergedModel, merge_files, merge_models
 from megatron_hammer.tokenizer.required_characters import RequiredCharacters, load_table, read_required
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
 from megatron_hammer.tokenizer.symbols import doubtful_symbols
@@ -119,13 +119,13 @@ def merged(
     required: RequiredCharacters,
     symbols_file: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Merge, Path]:
+) -> tuple[MergedModel, Path]:
     folder = tmp_path_factory.mktemp("merged") / "new" / "folder"
     return merge_files(plain.path, donor.path, required, symbols_file, folder), folder
 
 
 def test_the_rules(
-    merged: tuple[Merge, Path],
+    merged: tuple[MergedModel, Path],
     plain: SentencePieceTokenizer,
     donor: SentencePieceTokenizer,
     required: RequiredCharacters,
@@ -158,7 +158,7 @@ def test_the_rules(
     assert after == before  # settings are the base's
 
 
-def test_the_result_works(merged: tuple[Merge, Path], plain: SentencePieceTokenizer, tmp_path: Path) -> None:
+def test_the_result_works(merged: tuple[MergedModel, Path], plain: SentencePieceTokenizer, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(merged[1])
     for text in (*RARE, *SYMBOLS, "the"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -170,7 +170,7 @@ def test_the_result_works(merged: tuple[Merge, Path], plain: SentencePieceTokeni
     convert_tokenizer(tokenizer, tmp_path)  # which proves the folder
 
 
-def test_report_and_picture(merged: tuple[Merge, Path], plain: SentencePieceTokenizer) -> None:
+def test_report_and_picture(merged: tuple[MergedModel, Path], plain: SentencePieceTokenizer) -> None:
     merge, folder = merged
     assert sorted(p.name for p in folder.iterdir()) == NAMES
     assert (folder / "tokenizer.calibration.png").read_bytes().startswith(b"\x89PNG")
@@ -188,7 +188,7 @@ def test_report_and_picture(merged: tuple[Merge, Path], plain: SentencePieceToke
 
 
 def test_byte_stable(
-    merged: tuple[Merge, Path],
+    merged: tuple[MergedModel, Path],
     plain: SentencePieceTokenizer,
     donor: SentencePieceTokenizer,
     required: RequiredCharacters,

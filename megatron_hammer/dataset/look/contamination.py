@@ -18,7 +18,7 @@ import xxhash
 from megatron_hammer.base.errors import ConfigError, RefusedError
 from megatron_hammer.corpus.documents import read_texts
 from megatron_hammer.dataset.look.places import document_starts
-from megatron_hammer.dataset.look.verify_report import EXAMPLES, Report
+from megatron_hammer.dataset.look.verify_report import EXAMPLES, DatasetReport
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.tokenizer.interface import Tokenizer
 
@@ -120,7 +120,7 @@ class HeldOutSearch:
             touched[document[inside]] = True
         self.documents_touched += int(touched.sum())
 
-    def describe(self, report: Report) -> dict[str, Any]:
+    def describe(self, report: DatasetReport) -> dict[str, Any]:
         """Facts of each set; documents met go into the report as problems, windows met as remarks."""
         facts: dict[str, Any] = {}
         for one, digests, grams in zip(self.sets, self._of_document, self._of_grams):

@@ -44,7 +44,7 @@ from megatron_hammer.dataset.look.places import (
     iterate_starts,
 )
 from megatron_hammer.dataset.look.script_counts import ScriptCounts
-from megatron_hammer.dataset.look.verify_report import EXAMPLES, Report, counted
+from megatron_hammer.dataset.look.verify_report import EXAMPLES, DatasetReport, counted
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.tokenizer.interface import Tokenizer
 
@@ -67,7 +67,7 @@ def verify_dataset(
     tokenizer: Tokenizer | None = None,
     held_out: Sequence[str | Path] = (),
     scratch: str | Path | None = None,
-) -> Report:
+) -> DatasetReport:
     """Read a dataset from end to end and report everything that is wrong with it.
 
     Args:
@@ -81,7 +81,7 @@ def verify_dataset(
         DataError: the dataset is missing or holds no ids; a held-out set is missing or malformed.
         RefusedError: E510 another tokenizer than the dataset's, given or of a held-out set.
     """
-    report = Report(str(prefix))
+    report = DatasetReport(str(prefix))
     try:
         dataset = IndexedDataset(prefix)
     except DataError as error:
@@ -138,7 +138,7 @@ def verify_dataset(
     return report
 
 
-def _check_index(dataset: IndexedDataset, report: Report) -> None:
+def _check_index(dataset: IndexedDataset, report: DatasetReport) -> None:
     """What the header says about the index; opening has checked the structure and the counts."""
     header = dataset.header
     if header is None:
@@ -164,7 +164,7 @@ def _check_index(dataset: IndexedDataset, report: Report) -> None:
         first += source.documents
 
 
-def _check_unreadable(prefix: Path, report: Report) -> None:
+def _check_unreadable(prefix: Path, report: DatasetReport) -> None:
     """Which file of a dataset that cannot be opened is the damaged one, as far as a header can tell."""
     try:
         header = read_header(prefix)
@@ -193,7 +193,7 @@ def _check_unreadable(prefix: Path, report: Report) -> None:
             report.problems.append(f"{path_of(prefix, '.bin')} goes on after the {header.bin_bytes:,} bytes written")
 
 
-def _block_hashes(header: DatasetHeader | None, report: Report) -> tuple[str, ...] | None:
+def _block_hashes(header: DatasetHeader | None, report: DatasetReport) -> tuple[str, ...] | None:
     """The checksums of the blocks of .bin, or None where there are none to use."""
     if header is None:
         return None
@@ -251,7 +251,7 @@ class _IdCounter:
         return self.counts - np.append(before, np.zeros(len(self.counts) - len(before), np.int64))
 
 
-def _report_ids(dataset: IndexedDataset, ids: _IdCounter, vocab_size: int | None, report: Report) -> None:
+def _report_ids(dataset: IndexedDataset, ids: _IdCounter, vocab_size: int | None, report: DatasetReport) -> None:
     report.facts["ids"] = {"used": int((ids.counts > 0).sum()), "largest": ids.largest, "outside": ids.outside} | (
         {} if vocab_size is None else {"vocabulary": vocab_size}
     )
@@ -367,7 +367,7 @@ class _Digests:
 
 
 def _report_documents(
-    dataset: IndexedDataset, tokens: TokenMap, found: _DocumentChecker, ids: _IdCounter, report: Report
+    dataset: IndexedDataset, tokens: TokenMap, found: _DocumentChecker, ids: _IdCounter, report: DatasetReport
 ) -> None:
     filled = dataset.num_documents - found.empty
     facts = {"empty": found.empty, "only_bos_or_eod": found.without_text}
@@ -417,7 +417,7 @@ def _first_inside(dataset: IndexedDataset, tokens: TokenMap, token: int, found: 
     raise AssertionError("it was counted before")
 
 
-def _report_duplicates(dataset: IndexedDataset, found: _DocumentChecker, report: Report) -> None:
+def _report_duplicates(dataset: IndexedDataset, found: _DocumentChecker, report: DatasetReport) -> None:
     repeats = tokens = 0
     groups = 0
     examples: list[str] = []

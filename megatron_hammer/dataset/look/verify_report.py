@@ -13,7 +13,7 @@ EXAMPLES = 5
 
 
 @dataclass
-class Report:
+class DatasetReport:
     """What verification found."""
 
     prefix: str
@@ -51,7 +51,7 @@ class Report:
                                "take them out of the corpus before preparing it, or hold out others")  # fmt: skip
 
 
-def format_report(report: Report) -> str:
+def format_report(report: DatasetReport) -> str:
     """The report for people: facts, then remarks and problems, then the verdict."""
     lines = []
     for name, value in report.facts.items():

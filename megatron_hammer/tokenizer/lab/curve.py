@@ -123,7 +123,7 @@ class CompressionCurve:
 
 
 @dataclass(frozen=True)
-class Best:
+class BestSize:
     """The vocabulary size of most bytes per FLOP."""
 
     size: int
@@ -184,14 +184,14 @@ def measure_curve(
     return curve()
 
 
-def find_best(curve: CompressionCurve, flops: Callable[[np.ndarray], np.ndarray], domain: str = OVERALL) -> Best:
+def find_best(curve: CompressionCurve, flops: Callable[[np.ndarray], np.ndarray], domain: str = OVERALL) -> BestSize:
     """The size of most bytes per FLOP among all from the first to the last of the curve."""
     sizes = np.arange(curve.sizes[0], curve.sizes[-1] + 1)
     tokens = curve.at(sizes, domain)
     rates = 1 / (tokens * flops(sizes))
     best = int(np.argmax(rates))
     near = sizes[rates >= NEAR_BEST * rates[best]]
-    return Best(
+    return BestSize(
         size=int(sizes[best]),
         tokens_per_byte=float(tokens[best]),
         gain=float(rates[best] / rates[-1]),

@@ -30,7 +30,7 @@ from megatron_hammer.config import Config
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.lab.analyze import OVERALL, count_usage
 from megatron_hammer.tokenizer.lab.cost import ModelCost, check_priced_config, count_cost, token_flops
-from megatron_hammer.tokenizer.lab.curve import Best, CompressionCurve, TextSample, find_best, measure_curve
+from megatron_hammer.tokenizer.lab.curve import BestSize, CompressionCurve, TextSample, find_best, measure_curve
 from megatron_hammer.tokenizer.lab.report import Table
 
 FORMULA = (
@@ -49,7 +49,7 @@ class Price:
     flops_per_byte: dict[str, float]
     curve: CompressionCurve | str
     """Or why there is none."""
-    best: dict[str, Best] | None
+    best: dict[str, BestSize] | None
     """By domain and overall, where there is a curve."""
 
 
