@@ -388,6 +388,7 @@ def describe_sources(paths: Sequence[Path], hashes: dict[Path, str]) -> list[dic
 
 
 def write_corpus_manifest(path: Path, content: dict[str, Any]) -> None:
+    """Write the JSON file that says how a corpus was made; names that are no UTF-8 keep their bytes, escaped."""
     try:
         written = orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
     except orjson.JSONEncodeError:  # a name whose bytes are no UTF-8

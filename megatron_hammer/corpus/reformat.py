@@ -57,6 +57,7 @@ class ReformatSummary:
     """Outputs that reached their limit."""
 
     def lines(self) -> list[str]:
+        """For people: a line for each output, then those of what was left out."""
         written = [
             f"{o['name']}: {o['documents']:,} documents, {size_of(o['text_bytes'])} of text"
             + (", full" if o["name"] in self.full else "")

@@ -171,6 +171,7 @@ def check_lines(
 
 
 def no_line_break(path: Path) -> DataError:
+    """E362: a file whose last line has no end."""
     return DataError(
         62, str(path), "does not end in a line break: its last line may be cut off",
         f"look at the line (tail -n 1), and if it is whole: echo >> {path.name}",

@@ -39,6 +39,7 @@ class Lines(NamedTuple):
 
     @property
     def bytes(self) -> int:
+        """Bytes of the lines, their line breaks included."""
         return int((self.ends - self.starts).sum())
 
     def write(self, descriptor: int, order: np.ndarray) -> int:

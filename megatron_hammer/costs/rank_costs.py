@@ -309,6 +309,7 @@ def _chunks(config: Config, chunk_tokens: int) -> list[int]:
 
 
 def ranks_of(grid: Grid, label: Any) -> int:
+    """How many ranks a group has, by its label in ``collectives``."""
     return grid.world_size if label == "world" else grid.size("replicas" if label == "dp" else label)
 
 

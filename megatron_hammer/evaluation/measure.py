@@ -77,6 +77,7 @@ class Figures:
 
     @property
     def is_finite(self) -> bool:
+        """Whether the model gave a probability to every token."""
         return math.isfinite(self.loss)
 
     def to_tree(self) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class Calibration:
 
     @property
     def mean(self) -> float:
+        """The ratio by which donor scores are multiplied."""
         total = 0.0
         for ratio in self.ratios:  # not sum(): see the module, rule 1
             total += ratio
@@ -89,6 +90,7 @@ class MergedModel:
 
     @property
     def size(self) -> int:
+        """Pieces of the merged model."""
         return self.base_size + len(self.characters) + len(self.appended_symbols)
 
 

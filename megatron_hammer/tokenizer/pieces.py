@@ -141,6 +141,7 @@ def _is_whole(content: bytes) -> bool:
 
 
 def flatten_decoders(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The decoding steps of a tokenizer.json in their order, nested sequences opened."""
     if decoder is None:
         return []
     if decoder.get("type") == "Sequence":

@@ -84,4 +84,5 @@ class HashSample:
 
     @property
     def sentences(self) -> list[bytes]:
+        """The sample, in an order that follows from the hashes alone."""
         return [sentence for _, sentence in sorted(self._heap)]

@@ -175,4 +175,5 @@ def short(tensor: str) -> str:
 
 
 def listed(items: Iterable[object]) -> str:
+    """Items as text, with commas between."""
     return ", ".join(map(str, items))

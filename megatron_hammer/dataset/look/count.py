@@ -45,6 +45,7 @@ class SourceCount:
 
     @property
     def bytes_per_token(self) -> float | None:
+        """Compression: bytes of text for each token; None where either is not known."""
         return self.text_bytes / self.tokens if self.text_bytes is not None and self.tokens else None
 
     def add(self, other: SourceCount) -> None:
@@ -71,6 +72,7 @@ class CountTable:
     """Fingerprints of those that made the tokens; several: the tokens are not comparable."""
 
     def share(self, row: SourceCount) -> float | None:
+        """What part of the sum a source is; None where that is not known."""
         part, whole = getattr(row, self.shares_of), getattr(self.total, self.shares_of)
         return part / whole if part is not None and whole else None
 

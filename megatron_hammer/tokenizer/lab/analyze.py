@@ -68,6 +68,7 @@ class Usage:
 
     @property
     def bytes_per_token(self) -> float:
+        """Compression: UTF-8 bytes of the texts for each of their tokens."""
         return self.bytes / self.tokens
 
     def __add__(self, other: Usage) -> Usage:
@@ -164,6 +165,7 @@ class CharacterTokens(NamedTuple):
 
 
 def encode_characters(tokenizer: Tokenizer, pieces: Pieces, characters: Sequence[str]) -> CharacterTokens:
+    """Encode each character by itself."""
     counts = np.zeros(len(characters), dtype=np.int32)
     is_whole = np.zeros(len(characters), dtype=bool)
     for i, ids in enumerate(tokenizer.encode_batch(list(characters))):
@@ -223,6 +225,8 @@ def _share(is_whole: np.ndarray) -> Share:
 
 
 def describe_coverage(coverage: Coverage) -> dict[str, Any]:
+    """The coverage as JSON values."""
+
     def plain(share: Share) -> dict[str, Any]:
         return {"covered": share.covered, "characters": share.characters, "percent": share.percent}
 

@@ -35,14 +35,17 @@ class ModelCost:
 
     @property
     def flops(self) -> int:
+        """FLOPs of a token, forward and backward."""
         return self.layer_flops + self.head_flops + self.attention_flops
 
     @property
     def head_share(self) -> float:
+        """What share of these the head has."""
         return self.head_flops / self.flops
 
     @property
     def parameter_share(self) -> float:
+        """What share of all parameters the vocabulary has."""
         return self.vocabulary_parameters / self.parameters
 
 

@@ -50,6 +50,7 @@ class Difference:
     """The tokens around it, ``id 'piece'`` each, the differing one marked."""
 
     def lines(self) -> list[str]:
+        """For people: where it is, the text around it, and what either made of it."""
         text = self.text.decode("utf-8", "replace") if isinstance(self.text, bytes) else self.text
         before = text[max(0, self.offset - _CONTEXT_CHARACTERS) : self.offset]
         after = text[self.offset : self.offset + _CONTEXT_CHARACTERS]
