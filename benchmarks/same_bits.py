@@ -257,10 +257,13 @@ def metrics_digest(path: Path) -> Digest:
 
 
 def manifest_digest(path: Path) -> Digest:
-    """A checkpoint's manifest by its fields; the settings apart, without the run's folder, which differs by case."""
+    """A checkpoint's manifest by its fields; the settings apart, without the run's folder, which differs by case, and
+    what the state says of the next step, which a run that ends there does not have."""
     tree = json.loads(path.read_bytes())
     tree.pop("digest", None)  # of the whole text
     tree["config"].get("train", {}).pop("output", None)
+    if (following := tree.get("state", {}).pop("next", None)) is not None:
+        tree["next step"] = following
     return {name: digest_of(json.dumps(value, sort_keys=True).encode()) for name, value in sorted(tree.items())}
 
 
@@ -456,12 +459,13 @@ def main() -> int:
 
 
 def run_end(digest: Digest) -> Digest:
-    """What a resumed run shares with an uninterrupted one: all but the middle manifest's settings (``num_steps``)."""
+    """What a resumed run shares with an uninterrupted one: of the middle manifest all but the settings (``num_steps``)
+    and the next step, which the first half did not have."""
     if "checkpoints" not in digest:
         return digest
     first, *others = digest["checkpoints"].items()
     name, middle = first
-    manifest = {k: v for k, v in middle["manifest"].items() if k != "config"}
+    manifest = {k: v for k, v in middle["manifest"].items() if k not in ("config", "next step")}
     return digest | {"checkpoints": {name: middle | {"manifest": manifest}, **dict(others)}}
 
 
