@@ -49,7 +49,7 @@ from megatron_hammer.checkpoint.space import check_space
 from megatron_hammer.checkpoint.write import agreed_number, bytes_to_write, layout_of, owned_views, stage, together
 from megatron_hammer.config import config_from_tree
 from megatron_hammer.parallel.agreement import all_or_none, raise_together
-from megatron_hammer.parallel.collectives import all_reduce
+from megatron_hammer.parallel.collectives import all_reduce, read_back
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.sharding import Shard
 from megatron_hammer.tokenizer.interface import Tokenizer
@@ -400,7 +400,7 @@ class BackgroundSaver:
             self._writer.wait(min(left, deadline - time.monotonic()))
         counts = torch.tensor([mine == BUSY, mine == FAILED], dtype=torch.int32, device=self._ctx.device)
         all_reduce(counts, self._ctx.world)
-        busy, failed = counts.tolist()
+        busy, failed = read_back(counts, self._ctx.world)
         return busy, failed
 
     def _late(self, done: str) -> DiskError:

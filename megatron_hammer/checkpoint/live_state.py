@@ -22,7 +22,7 @@ from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES
 from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.checkpoint.one_pass import OnePass
 from megatron_hammer.checkpoint.write import owned_views
-from megatron_hammer.parallel.collectives import all_reduce
+from megatron_hammer.parallel.collectives import all_reduce, read_back
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.placement import Range
 from megatron_hammer.parallel.sharding import Shard
@@ -132,7 +132,7 @@ def check_live_state(
     totals = (LiveSums(manifest, shards) if sums is None else sums).totals()
     reduced = torch.tensor([*totals, converted], dtype=torch.int64).to(ctx.device)
     all_reduce(reduced, ctx.world)
-    *found, converted = (value % MODULUS for value in reduced.tolist())
+    *found, converted = (value % MODULUS for value in read_back(reduced, ctx.world))
     if converted:
         return f"{manifest.folder} holds tensors in another type than this run: the state is not compared after loading"
     remedy = "run the same command again; the same error again is one of this program or of a machine's memory"

@@ -42,7 +42,7 @@ from megatron_hammer.checkpoint.space import check_space, checkpoint_bytes
 from megatron_hammer.checkpoint.tensor_files import CHUNK_BYTES
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.parallel.agreement import all_or_none
-from megatron_hammer.parallel.collectives import broadcast
+from megatron_hammer.parallel.collectives import broadcast, read_back
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.sharding import Shard, rectangles
 from megatron_hammer.tokenizer.interface import Tokenizer
@@ -214,4 +214,5 @@ def agreed_number(ctx: ParallelContext) -> int:
     """A random number of 62 bits, the same on all ranks. Communicates over the world."""
     drawn = torch.tensor([secrets.randbits(62)], device=ctx.device)  # training's generators are not touched
     broadcast(drawn, ctx.world)
-    return int(drawn.item())
+    (number,) = read_back(drawn, ctx.world)
+    return int(number)

@@ -18,7 +18,7 @@ import torch
 
 from megatron_hammer.base.errors import HammerError, RefusedError, from_fields, from_os_error, to_fields
 from megatron_hammer.parallel.board import StatusSlot
-from megatron_hammer.parallel.collectives import MAX, all_gather_rows, all_reduce
+from megatron_hammer.parallel.collectives import MAX, all_gather_rows, all_reduce, read_back
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.rendezvous import Store
 
@@ -32,13 +32,13 @@ def raise_together(ctx: ParallelContext, error: HammerError | None) -> None:
     payload = b"" if error is None else json.dumps(to_fields(error)).encode()
     size = torch.tensor([len(payload)], device=ctx.device)
     all_reduce(size, ctx.world, MAX)
-    length = int(size.item())
+    (length,) = read_back(size, ctx.world)
     if length == 0:
         return
     mine = torch.zeros(1, length, dtype=torch.uint8, device=ctx.device)
     mine[0, : len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else 0
-    for report in all_gather_rows(mine, ctx.world):
-        text = bytes(report.tolist()).rstrip(b"\0")
+    for report in read_back(all_gather_rows(mine, ctx.world), ctx.world):
+        text = bytes(report).rstrip(b"\0")
         if text:
             raise from_fields(json.loads(text))
 
@@ -65,9 +65,10 @@ def gather_values(ctx: ParallelContext, value: Any) -> list[Any]:
     payload = json.dumps(value).encode()
     size = torch.tensor([len(payload)], device=ctx.device)
     all_reduce(size, ctx.world, MAX)
-    mine = torch.zeros(1, int(size.item()), dtype=torch.uint8, device=ctx.device)
+    mine = torch.zeros(1, *read_back(size, ctx.world), dtype=torch.uint8, device=ctx.device)
     mine[0, : len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-    return [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in all_gather_rows(mine, ctx.world)]
+    gathered = read_back(all_gather_rows(mine, ctx.world), ctx.world)
+    return [json.loads(bytes(row).rstrip(b"\0")) for row in gathered]
 
 
 @dataclass(frozen=True)

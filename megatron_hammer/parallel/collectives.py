@@ -230,6 +230,15 @@ def broadcast(tensor: Tensor, group: Group) -> None:
         _finish(group, b"broadcast", dist.broadcast, tensor, src=first)
 
 
+def read_back(tensor: Tensor, group: Group) -> Any:
+    """On the host, the values of a tensor that a collective of the group has filled: a number, or nested lists.
+
+    On a GPU the collective itself has only been launched, and here the host waits for the others; that is noted.
+    """
+    with group.status.waits():
+        return tensor.tolist()
+
+
 def start_send(tensor: Tensor, link: Group) -> Any:
     """Start to send to the other rank of a link: a handle; the tensor is left as it is until the handle is done."""
     return _start_message(dist.isend, tensor, link, b"send")

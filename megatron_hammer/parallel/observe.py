@@ -83,8 +83,14 @@ def hung(ranks: Sequence[Seen], limit: float, alone: bool = True) -> list[Seen]:
 
 
 def to_blame(ranks: Sequence[Seen], alone: bool) -> list[Seen]:
-    """Whom the silent wait for: who is stopped, else who works, else who is behind; all, where nobody is."""
-    for guilty in ([r for r in ranks if r.is_stopped], [r for r in ranks if not r.waits]):
+    """Whom the silent wait for: who is stopped, else who works, else who is behind; all, where nobody is.
+
+    Of those that say that they work one that computes nothing is stuck. The others may wait as well: a GPU that waits
+    takes some thousand launches, and the next one spins in its driver until there is room again.
+    """
+    working = [r for r in ranks if not r.waits]
+    idle = [r for r in working if not r.is_busy]
+    for guilty in ([r for r in ranks if r.is_stopped], idle, working):
         if guilty:
             return guilty
     counts = {r.rank: (r.doing.step, r.doing.collectives) for r in ranks if r.doing is not None}

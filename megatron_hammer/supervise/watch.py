@@ -26,6 +26,7 @@ from megatron_hammer.parallel.observe import Observer
 
 GRACE_SECONDS = 2.0  # after a failure: for the other ranks to report the same one; a dead peer is noticed in 0.0 s
 ABORT_SECONDS = 1.0  # after another rank's report an abort is NCCL's answer to its end; a cause comes first
+OF_ITS_GPU = "CUDA error: "  # torch's words for what a rank's own GPU has done; NCCL's errors have others
 POLL_SECONDS = 0.5  # longest sleep of the watching loop: bounds how late a deadline or another node's failure is seen
 
 
@@ -162,12 +163,15 @@ def _failure(rank: RankProcess) -> Failure | None:
     """What this rank contributes to the search for the cause.
 
     0: a user's mistake, said by the rank itself. 1: killed from outside or by a bad access; an exception that nobody
-    expected. 2: it aborted, or ended without a word; libraries do so when a peer dies. 3: it raised in a collective, as
-    ranks do whose peer has just died, however that was. Of two that are alike the first one is the cause.
+    expected. 2: it aborted, or ended without a word; libraries do so when a peer dies. So does NCCL a moment after a
+    rank whose GPU has failed, which that rank finds in a collective, where it waits for its GPU. 3: it raised in a
+    collective, as ranks do whose peer has just died, however that was. Of two that are alike the first is the cause.
     """
     name = f"rank {rank.rank}"
     if rank.report is not None:
         when, severity = rank.report["time"], 3 if rank.report["in_collective"] else 1
+        if severity == 3 and OF_ITS_GPU in rank.report["exception"]:
+            severity = 2
         if rank.report["error"] is None:
             error: HammerError = ParallelError(
                 2,

@@ -39,7 +39,7 @@ from megatron_hammer.optim.buckets import Bucket
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel.agreement import gather_values
-from megatron_hammer.parallel.collectives import MAX, all_reduce
+from megatron_hammer.parallel.collectives import MAX, all_reduce, read_back
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.incident_file import write_down
 
@@ -158,7 +158,7 @@ class CorruptionCheck:
         Raises:
             DriftError: E1102, on all ranks, with the ranks where it began and the first parameter that differs.
         """
-        if not report.found.item():
+        if not read_back(report.found, self.ctx.world):
             return
         places = sorted(report.differs.nonzero().flatten().tolist(), key=lambda i: self.items[i].order)
         mine = [self.items[i] for i in places]

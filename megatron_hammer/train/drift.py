@@ -39,7 +39,7 @@ from megatron_hammer.config import Config
 from megatron_hammer.kernels.bit_hash import INTEGERS, BitHash
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.optim.optimizer import Optimizer
-from megatron_hammer.parallel.collectives import MAX, all_gather_rows, all_reduce
+from megatron_hammer.parallel.collectives import MAX, all_gather_rows, all_reduce, read_back
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.placement import Range, place
 from megatron_hammer.parallel.sharding import ParameterLike, SliceLike
@@ -145,7 +145,7 @@ class DriftCheck:
         holders = torch.tensor([item in held for item in items], dtype=torch.int64, device=self.ctx.device)
         all_reduce(holders, self.ctx.world)
         enough = dict.fromkeys(STATES, 2 * self.ctx.sharing.size) | {ROUNDED: 1}
-        return [item for item, n in zip(items, holders.tolist(), strict=True) if n >= enough.get(item.kind, 2)]
+        return [item for item, n in zip(items, read_back(holders, self.ctx.world), strict=True) if n >= enough.get(item.kind, 2)]
 
     def _pieces(self, kind: str, parts: Sequence[OwnedRange]) -> Iterator[_ItemPart]:
         """What each part has of each item of this kind."""
@@ -228,9 +228,10 @@ class DriftCheck:
         Raises:
             DriftError: on all ranks, with the first item that differs and its ranks.
         """
-        if not report.found.item():
+        if not read_back(report.found, self.ctx.world):
             return
-        hashes = all_gather_rows(report.hashes.unsqueeze(0), self.ctx.world).cpu().numpy()  # [world, 2, items]
+        with self.ctx.status.waits():
+            hashes = all_gather_rows(report.hashes.unsqueeze(0), self.ctx.world).cpu().numpy()  # [world, 2, items]
         # What a rank finds wrong by itself leaves no doubt whose it is.
         order = sorted(range(len(self.items)), key=lambda i: self.items[i].kind != ROUNDED)
         found = [(self.items[i], blame) for i in order if (blame := self._blame(self.items[i], *hashes[:, :, i].T))]

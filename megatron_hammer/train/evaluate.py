@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.model.llama import Model, stages_of
-from megatron_hammer.parallel.collectives import all_reduce
+from megatron_hammer.parallel.collectives import all_reduce, read_back
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.sum_tree import fold
 from megatron_hammer.sampling.batch import Batch
@@ -107,7 +107,7 @@ def evaluate(
     all_reduce(sums, ctx.dp)
     all_reduce(sums, ctx.pp)
     totals = fold(sums)
-    loss_sum, targets, byte_count, characters = totals.tolist()
+    loss_sum, targets, byte_count, characters = read_back(totals, ctx.world)
     loss, bits = loss_sum / targets, loss_sum / math.log(2)
     per_byte = bits / byte_count if byte_count else None
     per_character = bits / characters if characters else None

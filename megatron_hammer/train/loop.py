@@ -30,7 +30,7 @@ from megatron_hammer.costs.flops import flops_per_token, peak_tflops
 from megatron_hammer.kernels.ranges import RangeOf, no_range
 from megatron_hammer.metrics.metrics_file import finite
 from megatron_hammer.metrics.reporter import Reporter
-from megatron_hammer.parallel.collectives import all_reduce, broadcast
+from megatron_hammer.parallel.collectives import all_reduce, broadcast, read_back
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.ledger import Finding
@@ -343,7 +343,7 @@ class TrainLoop:
         names = ("tokens_per_second", "step_seconds")
         measured = torch.tensor([line[name] for name in names], dtype=torch.float64, device=self.ctx.device)
         broadcast(measured, self.ctx.world)
-        return json.dumps(line | dict(zip(names, measured.tolist(), strict=True)))
+        return json.dumps(line | dict(zip(names, read_back(measured, self.ctx.world), strict=True)))
 
     def _judge(self, done: PendingStep, loss: float, grad_norm: float, applied: bool) -> None:
         """What is to be done about a step that has been read, where something is: the same on all ranks."""

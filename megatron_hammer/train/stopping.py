@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_hammer.parallel.collectives import MAX, all_reduce
+from megatron_hammer.parallel.collectives import MAX, all_reduce, read_back
 from megatron_hammer.parallel.context import ParallelContext
 
 CHECK_SECONDS = 0.5  # between two questions: a question is one small collective, and on a GPU one wait for the device
@@ -57,5 +57,5 @@ class StopCheck:
         """The largest of all ranks: whether one has received a signal, seconds a call."""
         values = torch.tensor([float(self._received()), pace], device=self._ctx.device)
         all_reduce(values, self._ctx.world, MAX)
-        largest: list[float] = values.tolist()
+        largest: list[float] = read_back(values, self._ctx.world)
         return largest

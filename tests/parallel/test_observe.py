@@ -35,6 +35,7 @@ def seen(rank: int, silent: float, waiting: bool = False, count: int = 5, **more
         ([seen(0, 100, True), seen(1, 100, True)], [0, 1]),  # each waits for the other
         ([seen(0, 500, is_busy=True), seen(1, 500, is_busy=True)], []),  # both compile, say
         ([seen(0, 500, True), seen(1, 500, is_busy=True)], [1]),  # for too long for the others
+        ([seen(0, 500, is_busy=True), seen(1, 500), seen(2, 500, True)], [1]),  # 0 spins in a launch, 1 is in a disk
         ([seen(0, 100, True), seen(1, 100, doing=None)], [1]),  # never said anything
         ([seen(0, 100)], [0]),
         ([seen(0, 500, is_busy=True)], []),

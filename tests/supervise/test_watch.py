@@ -68,6 +68,16 @@ def test_the_cause_among_several(ranks: list[RankProcess], culprit: int, silent:
     assert failure is not None and failure.error.what == f"rank {culprit}"
 
 
+@pytest.mark.parametrize(("first", "culprit"), [(0, 0), (1, 1)])
+def test_a_gpu_that_fails_is_found_where_it_is_waited_for(first: int, culprit: int, silent: Any) -> None:
+    """NCCL aborts on the other ranks as soon as the connection is gone; or one that aborted took another's GPU along."""
+    failed = dead(0, 7, 10.2, (10.0, True))
+    assert failed.report is not None
+    failed.report["exception"] = "torch.AcceleratorError: CUDA error: an illegal memory access was encountered"
+    failure = _cause([failed, dead(1, -6, 10.3 if first == 0 else 9.8)], silent)
+    assert failure is not None and failure.error.what == f"rank {culprit}"
+
+
 def test_a_peer_that_cannot_be_reached_is_a_consequence(silent: Any) -> None:
     lost = dead(0, 7, 10, (10, False))
     assert lost.report is not None

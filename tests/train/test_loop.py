@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.checkpoint.manifest import read_manifest
+from megatron_hammer.parallel.board import StatusSlot
 from megatron_hammer.train import loop
 from megatron_hammer.train.late_numbers import LateNumbers
 from megatron_hammer.train.step import StepReport
+from tests.distributed import run_distributed
 from tests.train.runs import checkpoint_bytes, metrics, overrides, train_here, write_fim_tokenizer
 
 
@@ -112,3 +115,39 @@ def test_a_run_with_fill_in_the_middle_goes_on_bit_for_bit(data: Path, tmp_path:
     assert checkpoint_bytes(tmp_path / "whole", 4) == checkpoint_bytes(tmp_path / "stopped", 4)
     plain = metrics(tmp_path / "plain")
     assert all(line["loss"] != other["loss"] for line, other in zip(whole[:2], plain, strict=True)), "it was at work"
+
+
+def _unnoted_reads(rank: int, arguments: list[str]) -> set[str]:
+    """The functions that read a tensor on the host while no slot of this rank says that it waits."""
+    slots, found = list[StatusSlot](), set[str]()
+    made = StatusSlot.__init__
+
+    def make(self: StatusSlot, *args: Any) -> None:
+        made(self, *args)
+        slots.append(self)
+
+    def watched(read: Callable[..., Any]) -> Callable[..., Any]:
+        def reading(tensor: torch.Tensor) -> Any:
+            code = sys._getframe(1).f_code
+            if "/megatron_hammer/" in code.co_filename and not any(slot.is_waiting for slot in slots):
+                found.add(f"{Path(code.co_filename).stem}.{code.co_name}")
+            return read(tensor)
+
+        return reading
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StatusSlot, "__init__", make)
+        for name in ("tolist", "item", "cpu", "__float__", "__int__", "__bool__", "__index__"):
+            patch.setattr(torch.Tensor, name, watched(getattr(torch.Tensor, name)))
+        assert train_here(rank, arguments) == 0
+    return found
+
+
+def test_whoever_reads_what_ranks_have_sent_notes_that_it_waits(data: Path, tmp_path: Path) -> None:
+    """NCCL returns when a collective has been launched, so the host waits for the others where it reads the result: a
+    rank that said nothing of it would be named beside, or in place of, the one that hangs (``parallel/observe.py``)."""
+    more = ("train.num_steps=2", "train.drift_check_interval_steps=1", "train.sdc_check_interval_steps=1",
+            "train.eval_samples=2", "checkpoint.mode=background")  # fmt: skip
+    of_this_rank = {"cpu.adamw", "write.chunks_of", "optimizer.scalar_state", "optimizer.<dictcomp>"}
+    for found in run_distributed(2, _unnoted_reads, overrides(data, tmp_path / "run", *more)):
+        assert found <= of_this_rank
