@@ -145,7 +145,8 @@ class DriftCheck:
         holders = torch.tensor([item in held for item in items], dtype=torch.int64, device=self.ctx.device)
         all_reduce(holders, self.ctx.world)
         enough = dict.fromkeys(STATES, 2 * self.ctx.sharing.size) | {ROUNDED: 1}
-        return [item for item, n in zip(items, read_back(holders, self.ctx.world), strict=True) if n >= enough.get(item.kind, 2)]
+        counts = read_back(holders, self.ctx.world)
+        return [item for item, n in zip(items, counts, strict=True) if n >= enough.get(item.kind, 2)]
 
     def _pieces(self, kind: str, parts: Sequence[OwnedRange]) -> Iterator[_ItemPart]:
         """What each part has of each item of this kind."""

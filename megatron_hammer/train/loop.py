@@ -78,7 +78,7 @@ class PendingStep:
     report: StepReport
     numbers: LateNumbers
     """Loss, norm, whether it was applied and the table of sources; and the words of all ranks: how many had received a
-    stop signal, and what they had to say of a save in flight."""
+    stop signal, and what they had to say of a save in flight; whether each check of the step has found something."""
     saving: int
     """How far that save was then (``Saver.phase``)."""
     limits: Limits | None
@@ -289,7 +289,8 @@ class TrainLoop:
         words = torch.full((), word, dtype=torch.int64, device=self.ctx.device)  # a fill: no copy to wait for
         all_reduce(words, self.ctx.world)
         consumed = {i: self.state.consumed[self.data.keys[i]] for i in {sample.source for sample in ids}}
-        numbers = LateNumbers([report.loss, report.grad_norm, report.applied, report.by_source, words])
+        found = [check.found for check in (report.corruption, report.drift) if check is not None]
+        numbers = LateNumbers([report.loss, report.grad_norm, report.applied, report.by_source, words, *found])
         self.pending.append(PendingStep(self.state, first, consumed, report, numbers, self.saver.phase, self.limits))
 
     def _read(self, lag: int, evaluate_last: Any = None) -> bool:
@@ -302,12 +303,9 @@ class TrainLoop:
             done = self.pending.pop(0)
             with self.ctx.status.waits():  # on a GPU for the device, and so for the other ranks
                 numbers: list[Any] = [number.tolist() for number in done.numbers.wait()]
-                loss, grad_norm, applied, table, words = numbers
-            if self.corruption is not None and done.report.corruption is not None:
-                path = incident_path(self.config, done.state.step, len(self.prepared.rewinds))
-                self.corruption.raise_on(done.report.corruption, path.with_suffix(".corruption.json"))
-            if self.drift is not None and done.report.drift is not None:
-                self.drift.raise_on(done.report.drift)
+                loss, grad_norm, applied, table, words, *found = numbers
+            if any(found):
+                self._raise_on_checks(done)
             stopped |= words & MASK > 0
             seconds = time.perf_counter() - self.clock
             consumed = tokens_before(self.phases, done.state.consumed_samples)
@@ -337,6 +335,14 @@ class TrainLoop:
             self.saver.heard(done.saving, words)
             self._judge(done, loss, grad_norm, applied)
         return stopped
+
+    def _raise_on_checks(self, done: PendingStep) -> None:
+        """Where a check of a step has found something. Communicates over the world."""
+        if self.corruption is not None and done.report.corruption is not None:
+            path = incident_path(self.config, done.state.step, len(self.prepared.rewinds))
+            self.corruption.raise_on(done.report.corruption, path.with_suffix(".corruption.json"))
+        if self.drift is not None and done.report.drift is not None:
+            self.drift.raise_on(done.report.drift)
 
     def _as_rank_0(self, line: dict[str, Any]) -> str:
         """The line as JSON, on all ranks with the time that rank 0 has measured. Communicates over the world."""

@@ -70,7 +70,7 @@ def test_the_cause_among_several(ranks: list[RankProcess], culprit: int, silent:
 
 @pytest.mark.parametrize(("first", "culprit"), [(0, 0), (1, 1)])
 def test_a_gpu_that_fails_is_found_where_it_is_waited_for(first: int, culprit: int, silent: Any) -> None:
-    """NCCL aborts on the other ranks as soon as the connection is gone; or one that aborted took another's GPU along."""
+    """NCCL aborts on other ranks as soon as the connection is gone; or one that aborted took another's GPU along."""
     failed = dead(0, 7, 10.2, (10.0, True))
     assert failed.report is not None
     failed.report["exception"] = "torch.AcceleratorError: CUDA error: an illegal memory access was encountered"

@@ -70,12 +70,16 @@ def test_a_step_is_not_read_behind_the_next_one(data: Path, tmp_path: Path, monk
         for before in run.pending:
             for tensor in (before.report.loss, before.report.grad_norm, before.report.by_source):
                 tensor.fill_(torch.nan)
+            for check in (before.report.drift, before.report.corruption):
+                assert check is not None
+                check.found.fill_(True)
         return report
 
     monkeypatch.setitem(loop.READ_LAG_STEPS, "cpu", 1)
     monkeypatch.setattr(loop.TrainLoop, "_step", next_step)
     monkeypatch.setattr(loop, "LateNumbers", Copies)
-    more = ("checkpoint.save_interval_steps=null", "data.valid=null", "train.num_steps=4")
+    more = ("checkpoint.save_interval_steps=null", "data.valid=null", "train.num_steps=4",
+            "train.drift_check_interval_steps=1", "train.sdc_check_interval_steps=1")  # fmt: skip
     assert train_here(0, overrides(data, tmp_path / "run", *more)) == 0
     lines = metrics(tmp_path / "run")
     assert len(lines) == 4 and all(math.isfinite(line["loss"] + line["grad_norm"]) for line in lines)
