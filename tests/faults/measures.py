@@ -423,7 +423,7 @@ MEASURES = (
     Measure(
         "drift is an error",
         "train/drift.py",
-        "        if not report.found.item():",
+        "        if not read_back(report.found, self.ctx.world):",
         "        if True:",
         "train/test_drift.py::test_a_run_that_drifts_ends_on_all_ranks_and_saves_nothing",
     ),
@@ -472,7 +472,7 @@ MEASURES = (
     Measure(
         "silent corruption is an error",
         "train/corruption.py",
-        "        if not report.found.item():",
+        "        if not read_back(report.found, self.ctx.world):",
         "        if True:",
         "train/test_corruption.py::test_a_run_ends_on_all_ranks_before_the_update_and_goes_on_from_a_good_checkpoint",
     ),
