@@ -121,6 +121,33 @@ def test_where_the_library_is_missing_it_says_why(tmp_path: Path, monkeypatch: p
     cuda.unavailable.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "words, remedy",
+    [
+        ("no kernel image is available for execution on the device", "; reinstall with HAMMER_CUDA_ARCHS=75"),
+        ("the provided PTX was compiled with an unsupported toolchain.", "; reinstall with HAMMER_CUDA_ARCHS=75"),
+        ("CUDA driver version is insufficient for CUDA runtime version", "; reinstall with the nvcc of CUDA 12.8, "),
+        ("CUDA out of memory. Tried to allocate 2.00 MiB.", ""),
+    ],
+)
+def test_another_build_is_advised_where_it_helps(words: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third: an nvcc of CUDA 13 beside a torch for 12.8 and its driver."""
+
+    def ones(size: int, device: torch.device) -> None:
+        raise RuntimeError(f"{words}\nand more")
+
+    monkeypatch.setattr(cuda, "_load", lambda path: "")
+    monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setattr(torch.ops.hammer_cuda, "amax", None, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    for name, value in {"is_available": True, "get_device_name": "Some GPU", "get_device_capability": (7, 5)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
+    cuda.unavailable.cache_clear()
+    told = cuda.unavailable(torch.device("cuda", 0))
+    cuda.unavailable.cache_clear()
+    assert told.startswith(f"{words}, on Some GPU{remedy}") and bool(remedy) == ("reinstall" in told)
+
+
 def test_the_build_says_why_it_leaves_the_kernels_out(monkeypatch: pytest.MonkeyPatch) -> None:
     script = build_script()
     for nvcc, torch_found, archs, why in (

@@ -54,10 +54,18 @@ def unavailable(device: torch.device) -> str:
     try:  # one launch: whether this driver and this GPU can run what was compiled
         torch.ops.hammer_cuda.amax(torch.ones(1, device=device), torch.empty((), device=device))
     except RuntimeError as error:
-        major, minor = torch.cuda.get_device_capability(device)
         reason = str(error).splitlines()[0]
-        return f"{reason}, on {torch.cuda.get_device_name(device)}; reinstall with HAMMER_CUDA_ARCHS={major}{minor}"
+        return f"{reason}, on {torch.cuda.get_device_name(device)}{_remedy(reason, device)}"
     return ""
+
+
+def _remedy(reason: str, device: torch.device) -> str:
+    """What to do about CUDA's own words, where another build helps: not where a GPU has no memory left, say."""
+    if "driver version" in reason:  # the runtime in the library is that of the nvcc which built it
+        return f"; reinstall with the nvcc of CUDA {torch.version.cuda}, which this torch is for"
+    major, minor = torch.cuda.get_device_capability(device)
+    of_another_gpu = "kernel image" in reason or "PTX" in reason
+    return f"; reinstall with HAMMER_CUDA_ARCHS={major}{minor}" if of_another_gpu else ""
 
 
 def how_to_build() -> str:
