@@ -629,6 +629,14 @@ def test_nvcc_and_a_cuda_torch_give_the_cuda_kernels(tmp_path: Path) -> None:
     assert "--no-build-isolation" in installs[-1]
 
 
+def test_a_file_system_without_locks_is_noted(tmp_path: Path) -> None:
+    """Lustre's default mount: flock(2) is ENOSYS, of which flock(1) makes exit code 65."""
+    script(tmp_path / "bin/flock", "#!/bin/sh\necho 'flock: 9: Function not implemented' >&2\nexit 65\n")
+    out, _ = make_venv_of(tmp_path, "cuda = None\n__version__ = '2.15.0+cpu'\n", False, HAMMER_NO_EXTENSIONS="1")
+    assert "tree has no locks; until .venv is complete, call" in out and "\n.venv is complete\n" in out
+    assert "waiting for another" not in out
+
+
 @pytest.mark.parametrize(
     "torch_version, nvcc, variables, said",
     [

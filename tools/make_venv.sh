@@ -166,6 +166,21 @@ say_what_was_built() {
     fi
 }
 
+# One call at a time, until this one ends; where the file system has no locks (Lustre without its mount option flock)
+# nobody sees to that.
+lock() {
+    local code=0
+    flock --nonblock 9 || code=$?
+    if ((code == 1)); then # another call has it; any other code is an error of the file system, which flock has told
+        echo "waiting for another $0"
+        code=0
+        flock 9 || code=$?
+    fi
+    if ((code)); then
+        echo "note: the file system of $PWD has no locks; until $venv is complete, call $0 on one machine alone"
+    fi
+}
+
 main() {
     [[ -z ${PYTHONHOME:-} ]] ||
         fail 51 "PYTHONHOME=$PYTHONHOME has every Python look for its library there; unset PYTHONHOME, and call $0 again"
@@ -175,7 +190,7 @@ main() {
     if command -v flock >/dev/null; then
         mkdir -p "$venv"
         exec 9>"$venv/.lock" # a file, because a shared file system cannot lock a folder
-        flock --nonblock 9 || { echo "waiting for another $0" && flock 9; }
+        lock
         if is_complete; then return; fi
     fi
     choose_python
