@@ -736,7 +736,7 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_generate_continues_each_prompt_and_repeats_itself(hf_folder: Path) -> None:
-    from megatron_hammer.huggingface.generate import generate
+    from tests.huggingface.continued import generate
 
     prompts = ["abc", "服务"]
     texts = list(generate(hf_folder, prompts, max_new_tokens=8))
@@ -751,7 +751,7 @@ def test_generate_refuses_a_folder_that_lacks_a_weight(hf_folder: Path, tmp_path
     """transformers would draw it at random."""
     from safetensors.torch import load_file, save_file
 
-    from megatron_hammer.huggingface.generate import generate
+    from tests.huggingface.continued import generate
 
     folder = Path(shutil.copytree(hf_folder, tmp_path / "hf"))
     weights = load_file(folder / "model.safetensors")
@@ -762,7 +762,7 @@ def test_generate_refuses_a_folder_that_lacks_a_weight(hf_folder: Path, tmp_path
 
 
 def test_generate_refuses_a_folder_without_a_model(tmp_path: Path) -> None:
-    from megatron_hammer.huggingface.generate import generate
+    from tests.huggingface.continued import generate
 
     with pytest.raises(CheckpointError, match="no Hugging Face folder"):
         list(generate(tmp_path, ["a"]))

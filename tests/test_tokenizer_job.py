@@ -19,12 +19,12 @@ from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.huggingface.certificate import prove
 from megatron_hammer.huggingface.export import export_hf
-from megatron_hammer.huggingface.generate import generate
 from megatron_hammer.tokenizer.convert import convert_tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.required_characters import TABLE_NAME, read_required
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
 from megatron_hammer.tokenizer.train import train_tokenizer
+from tests.huggingface.continued import generate
 from tests.tokenizer.texts import Texts, training_texts
 from tests.train.runs import metrics, train_here
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.progress import say
 from megatron_hammer.corpus.documents import read_texts
-from megatron_hammer.huggingface.text_model import TextModel, open_folder
+from megatron_hammer.huggingface.text_model import TextModel
 
 Shown = Callable[[str], None]
 """Gets the pieces of a continuation as they come."""
@@ -91,29 +91,6 @@ class Continuation:
             "prompt_ids": list(self.prompt_ids),
             "ids": list(self.ids),
         }
-
-
-def generate(
-    folder: Path,
-    prompts: Sequence[str],
-    max_new_tokens: int = 48,
-    temperature: float = 0.7,
-    top_k: int = 40,
-    seed: int = 0,
-) -> Iterator[str]:
-    """Continue each prompt with an exported model; yields prompt and continuation as one text.
-
-    Args:
-        folder: a Hugging Face folder with model and tokenizer.
-        max_new_tokens: see ``Sampling``, as for what follows.
-
-    Raises:
-        CheckpointError: the folder cannot be loaded.
-    """
-    sampling = Sampling(max_new_tokens, temperature, top_k, seed=seed)
-    sampling.check()
-    for found in continue_texts(open_folder(folder), prompts, sampling):
-        yield found.whole
 
 
 def continue_texts(

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from megatron_hammer.config import KernelsConfig
 from megatron_hammer.kernels.argument_types import Columns
@@ -36,16 +35,6 @@ CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}
 # Elements of one fp32 block: 1 MiB stays in a CPU core's own cache (a third faster than 4 MiB on a Xeon with 2 MiB a
 # core); on a GPU without Triton 8 MiB stay in its L2 cache, and a chunk stays within 0.5 GiB.
 BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**21}
-
-
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
-    """The reference: loss of each row, [n] fp32 (fp64 for fp64), by way of all logits at once.
-
-    Args:
-        hidden: [n, h]. weight: [v or more, h], rows beyond ``vocab_size`` are padding. labels: [n] int64.
-    """
-    logits = F.linear(hidden, weight)[:, :vocab_size]
-    return F.cross_entropy(logits.to(_wide(logits)), labels, reduction="none")
 
 
 def row_statistics(logits: Tensor, labels: Tensor, columns: Columns) -> Tensor:

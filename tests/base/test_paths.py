@@ -14,8 +14,8 @@ from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.corpus.documents import LineWriter
 from megatron_hammer.corpus.readers import expand_inputs
 from megatron_hammer.dataset.reader import prefix_remedy
-from megatron_hammer.huggingface.generate import generate
 from megatron_hammer.huggingface.importing import import_hf
+from megatron_hammer.huggingface.text_model import open_folder
 from megatron_hammer.metrics.plot import read_curves
 from megatron_hammer.tokenizer.convert import publish_tokenizer
 from megatron_hammer.tokenizer.lab.arguments import prepare_outputs
@@ -73,11 +73,11 @@ def test_a_run_given_for_its_hugging_face_model(run: Path) -> None:
     (run / "checkpoints" / "step-00000003").mkdir(parents=True)
     for given in (run, run / "checkpoints", run / "checkpoints" / "step-00000003"):
         with pytest.raises(CheckpointError, match=r"E490.*checkpoint_to_hf\.py --load runs/mine --output runs/mine/hf"):
-            next(generate(given, ["x"]))
+            open_folder(given)
     (run / "hf").mkdir()
     (run / "hf" / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"E490.*did you mean runs/mine/hf\?"):
-        next(generate(run / "checkpoints" / "step-00000003", ["x"]))
+        open_folder(run / "checkpoints" / "step-00000003")
 
 
 def test_a_folder_in_place_of_a_prefix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

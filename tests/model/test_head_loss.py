@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_hammer.kernels.linear_cross_entropy import LossKernels, linear_cross_entropy
+from megatron_hammer.kernels.linear_cross_entropy import LossKernels
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.model.head_loss import HeadAndLoss, Objective
 from megatron_hammer.model.layers import LayerOptions
@@ -48,7 +48,9 @@ def shard(weight: Tensor, rank: int = 0, size: int = 1) -> Tensor:
 
 def plain(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Loss [b, s] by way of all logits."""
-    return linear_cross_entropy(x.transpose(0, 1).flatten(0, 1), weight, labels.flatten(), VOCABULARY).view_as(labels)
+    logits = F.linear(x.transpose(0, 1).flatten(0, 1), weight)[:, :VOCABULARY]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, labels.flatten(), reduction="none").view_as(labels)
 
 
 def reference(x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, z_loss: float = 0.0) -> list[Tensor]:
