@@ -151,6 +151,8 @@ class TrainLoop:
             sizes = sizes_of(tokenizer, config.model.vocab_size, self.data.sentinel_ids).to(ctx.device)
         self.sources = Sources(len(self.data.sources), sizes)
         self.pending: list[PendingStep] = []
+        self.copies = torch.cuda.Stream(ctx.device) if ctx.device.type == "cuda" else None
+        """On which numbers come to the host (``late_numbers.py``)."""
         self.health = Health(config.train.spike_window_steps, config.train.spike_z_score)
         self.health.load(self.state.health or {})
         self.save_is_due = False  # it was put off while steps were skipped
@@ -287,11 +289,12 @@ class TrainLoop:
         self.ctx.status.mark("asking all ranks whether to stop")
         word = int(stop_received) | self.saver.word()
         words = torch.full((), word, dtype=torch.int64, device=self.ctx.device)  # a fill: no copy to wait for
-        all_reduce(words, self.ctx.world)
+        under_way = all_reduce(words, self.ctx.world, async_op=True)
         consumed = {i: self.state.consumed[self.data.keys[i]] for i in {sample.source for sample in ids}}
         found = [check.found for check in (report.corruption, report.drift) if check is not None]
-        numbers = LateNumbers([report.loss, report.grad_norm, report.applied, report.by_source, words, *found])
-        self.pending.append(PendingStep(self.state, first, consumed, report, numbers, self.saver.phase, self.limits))
+        numbers = [report.loss, report.grad_norm, report.applied, report.by_source, words, *found]
+        late = LateNumbers(numbers, under_way, self.copies)
+        self.pending.append(PendingStep(self.state, first, consumed, report, late, self.saver.phase, self.limits))
 
     def _read(self, lag: int, evaluate_last: Any = None) -> bool:
         """Read launched steps, oldest first, until ``lag`` are left; return whether some rank must stop.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,8 +61,8 @@ def test_a_step_is_not_read_behind_the_next_one(data: Path, tmp_path: Path, monk
     when the next step has been launched, and only what was copied before that is left."""
 
     class Copies(LateNumbers):
-        def __init__(self, tensors: Sequence[Tensor]) -> None:
-            super().__init__([tensor.clone() for tensor in tensors])
+        def __init__(self, tensors: Sequence[Tensor], *more: Any) -> None:
+            super().__init__([tensor.clone() for tensor in tensors], *more)
 
     step = loop.TrainLoop._step
 
@@ -86,19 +87,59 @@ def test_a_step_is_not_read_behind_the_next_one(data: Path, tmp_path: Path, monk
 
 
 def test_numbers_are_copied_behind_their_step_and_nothing_else_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for a GPU's tensor: begun when it is made, and one event is waited for."""
+    """With stand-ins for a GPU's tensors and streams: begun when it is made, beside the step's stream, which waits for
+    nothing; and one event is waited for."""
     calls = list[str]()
-    event = SimpleNamespace(record=lambda: calls.append("recorded"), synchronize=lambda: calls.append("waited for"))
-    monkeypatch.setattr(torch.cuda, "Event", lambda blocking: event)
+    beside: Any = SimpleNamespace(device="cuda:3", wait_stream=lambda other: calls.append(f"behind {other}"))
+
+    def record(stream: Any) -> None:
+        calls.append("recorded" if stream is beside else "elsewhere")
+
+    @contextlib.contextmanager
+    def on(stream: Any) -> Iterator[None]:
+        calls.append("beside" if stream is beside else "elsewhere")
+        yield
+        calls.append("back")
+
+    event = SimpleNamespace(record=record, synchronize=lambda: calls.append("waited for"))
+    stand_ins = {"Event": lambda blocking: event, "current_stream": lambda device: f"step on {device}", "stream": on}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
 
     def to(place: str, non_blocking: bool) -> Tensor:
         calls.append(f"{place}, {non_blocking}")
         return torch.ones(())
 
-    numbers: Any = [SimpleNamespace(device=torch.device("cuda", 3), to=to) for _ in range(2)]
-    late = LateNumbers(numbers)
-    assert calls == ["cpu, True", "cpu, True", "recorded"]
-    assert [float(x) for x in late.wait()] == [1.0, 1.0] and calls[3:] == ["waited for"]
+    number = SimpleNamespace(to=to, record_stream=lambda stream: calls.append("kept" if stream is beside else "lost"))
+    numbers: Any = [number, number]
+    late = LateNumbers(numbers, SimpleNamespace(wait=lambda: calls.append("the sum over ranks")), beside)
+    copied = ["kept", "kept", "cpu, True", "cpu, True", "recorded"]
+    assert calls == ["behind step on cuda:3", "beside", "the sum over ranks", *copied, "back"]
+    calls.clear()
+    assert [float(x) for x in late.wait()] == [1.0, 1.0] and calls == ["waited for"]
+
+
+def test_the_next_step_does_not_wait_for_a_sum_over_all_ranks(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes behind the messages that bring the new weights together, which the next forward is there to hide."""
+    calls, step = list[str](), loop.TrainLoop._step
+
+    def summed(words: Tensor, group: Any, async_op: bool = False) -> Any:
+        calls.append("sum begun")
+        return SimpleNamespace(wait=lambda: calls.append("waited for"))
+
+    def next_step(run: loop.TrainLoop, number: int) -> StepReport:
+        calls.append("step")
+        return step(run, number)
+
+    monkeypatch.setitem(loop.READ_LAG_STEPS, "cpu", 1)
+    monkeypatch.setattr(loop.TrainLoop, "_step", next_step)
+    monkeypatch.setattr(loop, "all_reduce", summed)
+    more = ("checkpoint.save_interval_steps=null", "data.valid=null", "train.num_steps=3")
+    assert train_here(0, overrides(data, tmp_path / "run", *more)) == 0
+    begun = ["step", "sum begun"]
+    assert calls == [*begun, *begun, "waited for", *begun, "waited for", "waited for"]
 
 
 def test_a_run_with_fill_in_the_middle_goes_on_bit_for_bit(data: Path, tmp_path: Path) -> None:
@@ -152,6 +193,7 @@ def test_whoever_reads_what_ranks_have_sent_notes_that_it_waits(data: Path, tmp_
     rank that said nothing of it would be named beside, or in place of, the one that hangs (``parallel/observe.py``)."""
     more = ("train.num_steps=2", "train.drift_check_interval_steps=1", "train.sdc_check_interval_steps=1",
             "train.eval_samples=2", "checkpoint.mode=background")  # fmt: skip
-    of_this_rank = {"cpu.adamw", "write.chunks_of", "optimizer.scalar_state", "optimizer.<dictcomp>"}
+    on_the_host = {"loop._read", "loop.<listcomp>"}  # copies that have been waited for
+    of_this_rank = {"cpu.adamw", "write.chunks_of", "optimizer.scalar_state", "optimizer.<dictcomp>"} | on_the_host
     for found in run_distributed(2, _unnoted_reads, overrides(data, tmp_path / "run", *more)):
         assert found <= of_this_rank
