@@ -1,4 +1,7 @@
-"""Environment variables that a rank has where the user has not set them, whoever started it. Needs no torch."""
+"""Environment variables that a rank has where the user has not set them, whoever started it; what they say of GPUs.
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,11 @@ import tempfile
 from pathlib import Path
 
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of the drivers of NVIDIA, of AMD, and of Windows beneath Linux
+
+
+def offers_gpu() -> bool:
+    """Whether a driver of NVIDIA is at work here, whose GPUs nobody has hidden."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1") and os.path.exists(GPU_FILES[0])
 
 
 def keep_kernels_on_this_machine() -> None:

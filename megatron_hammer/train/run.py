@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_hammer.base.environment import offers_gpu
 from megatron_hammer.config import Config, to_yaml
 from megatron_hammer.costs.forecast import forecast
 from megatron_hammer.costs.shortage import explained
@@ -200,6 +201,12 @@ def announcement(prepared: Prepared, world_size: int, device: torch.device, pred
         f"{layout_line(config, world_size)}"
     )
     lines += pipeline_lines(config, world_size)
+    if config.train.device == "auto" and device.type == "cpu" and offers_gpu():
+        lines.append(
+            f"WARNING: a GPU is here, but torch {torch.__version__} cannot use it: this run is on the CPU.\n"
+            "WARNING: mostly the driver is older than the CUDA that torch is built for; tools/doctor.py looks.\n"
+            "WARNING: train.device=cuda refuses to go on without a GPU, train.device=cpu says that this is meant"
+        )
     required = kernel_requirements(config, device)
     lines.append(kernels_table(config.kernels, required))
     if warning := missing_kernels(config.kernels, required):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_hammer.base import environment as variables
 from megatron_hammer.base.errors import HammerError
 from megatron_hammer.checkpoint import folder, retention
 from megatron_hammer.checkpoint.folder import find_checkpoints, newest_checkpoint
@@ -20,7 +21,7 @@ from megatron_hammer.kernels.native import cpu
 from megatron_hammer.metrics.reporter import BOARD_GROUPS
 from megatron_hammer.train.course import course_of
 from megatron_hammer.train.prepare import prepare
-from megatron_hammer.train.run import run_rank
+from megatron_hammer.train.run import announcement, run_rank
 from tests.distributed import run_distributed
 from tests.train.runs import (
     checkpoint_bytes,
@@ -194,6 +195,19 @@ def test_the_attention_backend_is_said_or_refused_at_the_start(
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1
         assert refused.stderr.startswith(f"error[E209]: kernels.attention={name} {why}; use auto or ")
         assert not (tmp_path / "no").exists()
+
+
+def test_a_gpu_that_torch_cannot_use_is_spoken_of(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver too old for torch's CUDA: 1.4B parameters went on a CPU without a word."""
+    prepared = prepare(config_for(overrides(data, tmp_path / "run")), 1)
+    for file, visible, told in (("/dev/null", None, True), ("/dev/null", "", False), ("/dev/no-gpu", None, False)):
+        monkeypatch.setattr(variables, "GPU_FILES", (file,))
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        said = announcement(prepared, 1, torch.device("cpu"), "")
+        assert ("WARNING: a GPU is here, but torch" in said) == told, (file, visible)
 
 
 def test_a_dataset_of_one_document_is_noted(data: Path, tmp_path: Path) -> None:
