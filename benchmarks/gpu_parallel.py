@@ -139,6 +139,7 @@ def of_two_processes(device: torch.device, shape: Shape) -> dict[tuple[str, str]
                 why = str(error).strip().splitlines()[-1]
             for process in ranks.processes:
                 process.kill()
+                process.join(30)  # its memory of the GPU is the next ones'
         while not results.empty():
             layout, precision, losses = results.get()
             found[layout, precision] = losses

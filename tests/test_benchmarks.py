@@ -14,6 +14,7 @@ import time
 import warnings
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -246,17 +247,23 @@ def test_tests_without_time_left_lose_nothing(monkeypatch: pytest.MonkeyPatch) -
 
     from tests.kernels import gpu_check
 
-    def run(root: Path, name: str, seconds: float) -> gpu_check.Outcome:
-        time.sleep(0.2)  # both of them are longer than the time there is
-        return gpu_check.Outcome(name, "FAILED", 0.2, "one is not two", "")
+    now = [1000.0]
 
-    monkeypatch.setattr(gpu_check, "functions", lambda root, word: ["test_a", "test_b"])
+    def run(root: Path, name: str, seconds: float) -> gpu_check.Outcome:
+        now[0] += 30  # the second is longer than the time there is
+        if name == "test_a":
+            return gpu_check.Outcome(name, "FAILED", 30.0, "one is not two", "")
+        return gpu_check.Outcome(name, "TIME", seconds, f"not done after {seconds:.0f} s", "")
+
+    monkeypatch.setattr(gpu_check, "functions", lambda root, word: ["test_a", "test_b", "test_c"])
     monkeypatch.setattr(gpu_check, "run", run)
     monkeypatch.setattr("gpu.marked_tests.PROCESSES", 1)
-    found = run_tests(Bench(torch.device("cpu"), False, limit_seconds=SPARE_SECONDS + 0.1))
-    assert found["error"] == "no time for 1 of 2 functions" and found["FAILED"] == found["TIME"] == 1
+    for module in ("gpu.marked_tests", "tests.kernels.gpu_check"):
+        monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: now[0]))
+    found = run_tests(Bench(torch.device("cpu"), False, limit_seconds=SPARE_SECONDS + 40))
+    assert found["error"] == "no time for 2 of 3 functions" and (found["FAILED"], found["TIME"]) == (1, 2)
     told = "\n".join(tests(Session({"tests": {"it": found}}, TOY)))
-    assert "no time for 1 of 2 functions" in told and "FAILED test_a: one is not two" in told
+    assert "no time for 2 of 3 functions" in told and "FAILED test_a: one is not two" in told
 
 
 @pytest.mark.usefixtures("benchmark_modules")

@@ -283,8 +283,6 @@ NO_TENSOR_MEMORY = (
     "can't allocate memory",  # torch's allocator on a CPU
     "CUDA error: out of memory",  # what is not of torch's allocator on a GPU: a context, a graph, a module of kernels
     "CUBLAS_STATUS_ALLOC_FAILED",
-    "Failed to CUDA calloc",  # NCCL, whose buffers come with the first message of a kind: as a rule for want of memory
-    "Failed to CUDA malloc",
     "'out of memory'",  # NCCL's "Cuda failure 2 'out of memory'"
 )
 

@@ -635,9 +635,9 @@ class KernelsConfig:
     """auto: the first of the others that can do what the config asks for; one that is named and cannot is an error.
     fused: our own, for either mask on a CPU. cudnn: cuDNN's by way of torch, causal, on a GPU in 16 bits; auto takes it
     on Hopper and Blackwell. sdpa: torch's scaled_dot_product_attention, causal. varlen: torch's own FlashAttention for
-    document masks, on a GPU in 16 bits. sdpa-documents: one sdpa call a document, anywhere. flash-attn, flash-attn-3,
-    flash-attn-4: those packages, te: what Transformer Engine chooses; for either mask on a GPU in 16 bits, by name
-    only."""
+    document masks, on a GPU in 16 bits, with heads of a multiple of 8 elements. sdpa-documents: one sdpa call a
+    document, anywhere. flash-attn, flash-attn-3, flash-attn-4: those packages, te: what Transformer Engine chooses; for
+    either mask on a GPU in 16 bits, by name only."""
     layers: Free[Literal["torch", "te"]] = "torch"
     """torch: the layers in plain torch. te: linear layers and norms of NVIDIA's Transformer Engine, on a GPU; the
     weight's gradient is accumulated in the matrix product. Checkpoints are the same."""

@@ -54,13 +54,27 @@ def explained(
 ) -> MemoryShortage | None:
     """E1001 with what the rank was predicted to need and what would fit; None for any other error, and where a formula
     fails: then the error is said as it came."""
-    if not lacks_tensor_memory(error):
+    if not (lacks_tensor_memory(error) or _nccl_lacks_memory(error, device)):
         return None
     try:
         size = memory_of(device) if device.type == "cuda" else None  # on a CPU nobody knows who else took it
         return shortage(error, config, world_size, rank, device_name(device), size)
     except Exception:
         return None
+
+
+def _nccl_lacks_memory(error: BaseException, device: torch.device) -> bool:
+    """Whether NCCL found no memory for its buffers, which come with the first message of a kind.
+
+    It says the same where its call came behind another fault of the GPU; then nothing can be launched any more.
+    """
+    if not any(words in str(error) for words in ("Failed to CUDA calloc", "Failed to CUDA malloc")):
+        return False
+    try:
+        torch.ones(1, device=device)
+    except RuntimeError as fault:
+        return lacks_tensor_memory(fault)
+    return True
 
 
 def memory_of(device: torch.device) -> int:

@@ -26,7 +26,7 @@ STACKS_SECONDS = 2.0  # for all ranks to write their stacks; a healthy one takes
 WINDOW_SECONDS = 30.0  # over which a straggler is judged
 SLOW_SHARE = 1 / 3  # of the window in which the others waited for one rank: ten seconds, far beyond a pause of two
 QUIET_SECONDS = 600.0  # between two notes on stragglers
-WAITED_SECONDS = 0.3  # a wait that counts for them
+WAITED_SECONDS = 0.3  # a wait that counts for them; of one who works, a rest that is none between two notes
 PAUSE_SECONDS = 5.0  # between two looks, which come every half second: this process was stopped, and so its ranks were
 WORK_OF_ONE = (START, "saving")  # phases in which one rank may work while the others wait
 
@@ -89,7 +89,7 @@ def to_blame(ranks: Sequence[Seen], alone: bool) -> list[Seen]:
     takes some thousand launches, and the next one spins in its driver until there is room again.
     """
     working = [r for r in ranks if not r.waits]
-    idle = [r for r in working if not r.is_busy]
+    idle = [r for r in working if not r.is_busy and r.silent >= WAITED_SECONDS]
     for guilty in ([r for r in ranks if r.is_stopped], idle, working):
         if guilty:
             return guilty

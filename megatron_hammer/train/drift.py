@@ -231,8 +231,11 @@ class DriftCheck:
         """
         if not read_back(report.found, self.ctx.world):
             return
-        with self.ctx.status.waits():
-            hashes = all_gather_rows(report.hashes.unsqueeze(0), self.ctx.world).cpu().numpy()  # [world, 2, items]
+        gathered = all_gather_rows(report.hashes.unsqueeze(0), self.ctx.world)
+        with (
+            self.ctx.status.waits()
+        ):  # of which a collective leaves nothing: it says that it is over, on a GPU too soon
+            hashes = gathered.cpu().numpy()  # [world, 2, items]
         # What a rank finds wrong by itself leaves no doubt whose it is.
         order = sorted(range(len(self.items)), key=lambda i: self.items[i].kind != ROUNDED)
         found = [(self.items[i], blame) for i in order if (blame := self._blame(self.items[i], *hashes[:, :, i].T))]

@@ -57,7 +57,7 @@ from megatron_hammer.train.step import Checks, StepReport, train_step
 from megatron_hammer.train.stopping import CutShort, StopCheck
 
 # Steps between a step and the reading of its numbers: on a GPU the next step is launched before the last one is read,
-# so that the device never waits for Python; on a CPU a step is over when its call returns.
+# so that the device never waits for Python; on a CPU a step has been computed when its call returns.
 READ_LAG_STEPS = {"cpu": 0, "cuda": 1}
 
 # Steps between garbage collections, on all ranks at once: a rank that stops for one has the others wait at the next

@@ -3,7 +3,7 @@
 ::
 
     look_at_inputs        config, tokenizer, datasets -> Inputs
-    find_starting_point   the checkpoint to go on from, or whose weights to take -> StartingPoint   (rank 0, for all)
+    find_starting_point   the checkpoint to go on from, or whose weights to take -> StartingPoint   (rank 0 decides)
     settle                both together: do they fit, what has changed, is that accepted -> Prepared
 
 Imports no torch and communicates nothing. The launcher calls ``prepare``, all three; each rank calls them one by one,

@@ -202,9 +202,12 @@ def announcement(prepared: Prepared, world_size: int, device: torch.device, pred
     )
     lines += pipeline_lines(config, world_size)
     if config.train.device == "auto" and device.type == "cpu" and offers_gpu():
+        why = "mostly the driver is older than the CUDA that torch is built for; tools/doctor.py looks"
+        if torch.version.cuda is None:
+            why = "it is built for CPUs; without TORCH_INDEX_URL tools/make_venv.sh installs one for GPUs"
         lines.append(
             f"WARNING: a GPU is here, but torch {torch.__version__} cannot use it: this run is on the CPU.\n"
-            "WARNING: mostly the driver is older than the CUDA that torch is built for; tools/doctor.py looks.\n"
+            f"WARNING: {why}.\n"
             "WARNING: train.device=cuda refuses to go on without a GPU, train.device=cpu says that this is meant"
         )
     required = kernel_requirements(config, device)

@@ -108,6 +108,15 @@ def test_other_errors_stay_what_they_are() -> None:
     assert found is not None and found.code == "E1001" and from_exception(found, "x") is found
 
 
+def test_nccl_says_the_same_of_want_of_memory_and_of_a_gpu_that_has_failed() -> None:
+    error = RuntimeError("NCCL error in: NCCLUtils.cpp:77, unhandled cuda error\nFailed to CUDA calloc async 608 bytes")
+    found = explained(error, tiny_config(), 1, 0, torch.device("cpu"))
+    assert found is not None and "has no memory left (NCCL error" in str(found)
+    broken = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with mock.patch("torch.ones", side_effect=broken):
+        assert explained(error, tiny_config(), 1, 0, torch.device("cpu")) is None
+
+
 def test_a_run_raises_it(tmp_path: Any) -> None:
     """Where the loop ends so, whatever it was doing."""
     config = tiny_config(train__output=str(tmp_path), train__micro_batch_size=4)

@@ -199,15 +199,24 @@ def test_the_attention_backend_is_said_or_refused_at_the_start(
 
 def test_a_gpu_that_torch_cannot_use_is_spoken_of(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver too old for torch's CUDA: 1.4B parameters went on a CPU without a word."""
-    prepared = prepare(config_for(overrides(data, tmp_path / "run")), 1)
-    for file, visible, told in (("/dev/null", None, True), ("/dev/null", "", False), ("/dev/no-gpu", None, False)):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for device, file, visible, told in (
+        ("auto", "/dev/null", None, True), ("auto", "/dev/null", "", False), ("auto", "/dev/no-gpu", None, False),
+        ("cpu", "/dev/null", None, False),
+    ):  # fmt: skip
+        prepared = prepare(config_for(overrides(data, tmp_path / "run", f"train.device={device}")), 1)
         monkeypatch.setattr(variables, "GPU_FILES", (file,))
         if visible is None:
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         said = announcement(prepared, 1, torch.device("cpu"), "")
-        assert ("WARNING: a GPU is here, but torch" in said) == told, (file, visible)
+        assert ("WARNING: a GPU is here, but torch" in said) == told, (device, file, visible)
+        assert ("WARNING: mostly the driver is older" in said) == told
+    monkeypatch.setattr(torch.version, "cuda", None)
+    prepared = prepare(config_for(overrides(data, tmp_path / "run")), 1)
+    monkeypatch.setattr(variables, "GPU_FILES", ("/dev/null",))
+    assert "it is built for CPUs; without TORCH_INDEX_URL" in announcement(prepared, 1, torch.device("cpu"), "")
 
 
 def test_a_dataset_of_one_document_is_noted(data: Path, tmp_path: Path) -> None:
