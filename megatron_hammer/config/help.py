@@ -39,6 +39,8 @@ def describe_fields() -> dict[str, dict[str, FieldHelp]]:
         for f in dataclasses.fields(hint):
             effect = effects[f"{group}.{f.name}"]
             spelled = str(f.type).removeprefix(f"{effect.name.capitalize()}[")[:-1]
+            if choices := typing.get_args(getattr(settings, spelled, None)):  # a type that has a name
+                spelled = f"Literal{[*choices]}"
             described[group][f.name] = FieldHelp(spelled, _default(f), docs[hint.__name__][f.name], effect)
     return described
 

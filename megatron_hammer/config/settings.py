@@ -19,6 +19,10 @@ from megatron_hammer.config.effects import Content, Free, Length, Mathematics, M
 
 MAX_LAYERS = 10_000
 """Thirty times the deepest model known. Tables have a row for each layer, so a number from a file must have a limit."""
+Sharded = Literal["optimizer", "gradients", "weights"]
+"""What data-parallel ranks divide; each includes those before it. The planner tries them all."""
+Recompute = Literal["none", "selective", "full"]
+"""What backward computes again, from nothing on; the planner tries them all."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +245,7 @@ class ParallelConfig:
     gradient_bucket_bytes: Free[int] = 64 * 2**20
     """Size of one fp32 gradient bucket: a bucket's reduce-scatter starts as soon as its last gradient is there. On more
     than 64 data-parallel ranks a bucket grows with them, so that a rank's share of it (1 MiB) does not shrink."""
-    shard: Free[Literal["optimizer", "gradients", "weights"]] = "optimizer"
+    shard: Free[Sharded] = "optimizer"
     """What data-parallel ranks divide instead of holding it each (ZeRO, arXiv 1910.02054). optimizer: masters and
     moments (ZeRO 1, Megatron's distributed optimizer). gradients: the fp32 sums too (ZeRO 2); each micro-batch is
     reduced, which communicates more where several are accumulated. weights: these too (ZeRO 3, FSDP); a layer's are
@@ -763,7 +767,7 @@ class TrainConfig:
     """Seeds the initial weights and the order of the data."""
     precision: Mathematics[Literal["fp32", "bf16", "fp16"]] = "bf16"
     """Type of weights and activations; masters, moments and gradient sums are always fp32."""
-    recompute: Free[Literal["none", "selective", "full"]] = "none"
+    recompute: Free[Recompute] = "none"
     """What backward computes again instead of keeping it; the results are the same. selective: the outputs of norms,
     attention and SwiGLU. full: whole layers, of which only the input is kept; a third more of their work."""
     recompute_layers: Free[int | None] = None

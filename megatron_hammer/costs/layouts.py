@@ -13,9 +13,10 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import get_args
 
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.config import Config
+from megatron_hammer.config import Config, Recompute, Sharded
 from megatron_hammer.costs.rank_costs import GIB
 from megatron_hammer.costs.rank_peak import fused_backends, worst_rank
 from megatron_hammer.costs.rank_speed import Cluster, StepTime, step_time
@@ -28,8 +29,8 @@ MOST_STAGES = 8  # of a rank: more shorten the wait by little (it is a v-th), an
 PRECISIONS = ("bf16", "fp8", "fp16", "fp32")
 """fp8 is bf16 with the layers' products in 8 bits (``kernels.fp8=current``)."""
 
-SHARDS = ("optimizer", "gradients", "weights")
-RECOMPUTES = ("none", "selective", "full")
+SHARDS: tuple[Sharded, ...] = get_args(Sharded)
+RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def need_of(config: Config, world_size: int, cluster: Cluster) -> PlannedLayout:
 
 def _families(
     config: Config, world_size: int, cluster: Cluster, precisions: Sequence[str]
-) -> Iterator[tuple[str, int, int, int, int, str, int | None, str]]:
+) -> Iterator[tuple[str, int, int, int, int, Sharded, int | None, Recompute]]:
     """Layouts but for their micro-batch: precision, TP, CP, PP, stages of a pipeline rank, what is sharded and among
     how many ranks (None: all, or as the config has it), recompute.
 
@@ -212,13 +213,15 @@ def _families(
             yield precision, tp, cp, pp, stages, shard, size, recompute
 
 
-def _shards(config: Config, replicas: int, near: int) -> list[tuple[str, int | None]]:
+def _shards(config: Config, replicas: int, near: int) -> list[tuple[Sharded, int | None]]:
     """What may be sharded, and among how many: weights also within a node alone, whose ``near`` replicas have fast
     links to each other, with a copy in each node."""
     if replicas == 1:
         return [(SHARDS[0], None)]
-    within = 1 < near < replicas and replicas % near == 0 and config.parallel.shard_size is None
-    return [*((shard, None) for shard in SHARDS), *([("weights", near)] if within else [])]
+    shards: list[tuple[Sharded, int | None]] = [(shard, None) for shard in SHARDS]
+    if 1 < near < replicas and replicas % near == 0 and config.parallel.shard_size is None:
+        shards.append(("weights", near))
+    return shards
 
 
 def _alike(
@@ -229,9 +232,9 @@ def _alike(
     cp: int,
     pp: int,
     stages: int,
-    shard: str,
+    shard: Sharded,
     shard_size: int | None,
-    recompute: str,
+    recompute: Recompute,
 ) -> list[tuple[str, Config]]:
     """The layouts of a family by name, valid or not, the smallest micro-batch first."""
     config, alike = with_precision(config, precision), []
@@ -257,8 +260,8 @@ def with_layout(
     cp: int,
     pp: int,
     stages: int,
-    shard: str,
-    recompute: str,
+    shard: Sharded,
+    recompute: Recompute,
     micro_batch: int,
     shard_size: int | None = None,
 ) -> Config:
@@ -279,18 +282,13 @@ def with_layout(
         pipeline_model_parallel_size=pp,
         virtual_pipeline_stages=stages,
         pipeline_split=parallel.pipeline_split if stays else None,
-        shard=shard,  # type: ignore[arg-type]
+        shard=shard,
         shard_size=parallel.shard_size if shard_size is None and shard == parallel.shard else shard_size,
         reshard_after_forward=parallel.reshard_after_forward or shard != "weights",
         tp_comm_overlap=overlap,
     )
     layers = config.train.recompute_layers if recompute == config.train.recompute else None
-    train = replace(
-        config.train,
-        recompute=recompute,  # type: ignore[arg-type]
-        recompute_layers=layers,
-        micro_batch_size=micro_batch,
-    )
+    train = replace(config.train, recompute=recompute, recompute_layers=layers, micro_batch_size=micro_batch)
     return replace(config, parallel=parallel, train=train)
 
 

@@ -30,11 +30,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 
-from megatron_hammer.config import Config, KernelsConfig
+from megatron_hammer.config import Config, KernelsConfig, Recompute
 from megatron_hammer.costs.rank_buffers import StageBuffers, arriving_bytes
 from megatron_hammer.costs.rank_costs import angle_bytes, around_layers, element_bytes, placements_of, state_bytes
 from megatron_hammer.kernels import wide_products
@@ -190,7 +189,7 @@ def _keys(config: Config, at: Placement, cp_rank: int) -> int:
     return 2 * size * t * at.heads_local * d + (size + 2) * keys * pairs + 4 * (whole + t) * pairs
 
 
-def _one_layer(config: Config, recompute: Literal["none", "selective", "full"] = "none") -> Config:
+def _one_layer(config: Config, recompute: Recompute = "none") -> Config:
     """The same with one layer on one stage."""
     parallel = replace(config.parallel, pipeline_model_parallel_size=1, virtual_pipeline_stages=1, pipeline_split=None)
     train = replace(config.train, recompute=recompute, recompute_layers=None)

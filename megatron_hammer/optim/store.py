@@ -34,20 +34,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from megatron_hammer.base.pages import Spare
+from megatron_hammer.config import Sharded
 from megatron_hammer.kernels.ranges import GRADIENT, RangeOf, no_range, within
 from megatron_hammer.optim.buckets import Bucket, BufferLayout, ParameterShard, Row, Stretch
 from megatron_hammer.optim.buffers import Buffers
 from megatron_hammer.parallel.collectives import all_gather_into, all_reduce, reduce_scatter_into
 from megatron_hammer.parallel.context import Group, ParallelContext
-
-Sharded = Literal["optimizer", "gradients", "weights"]
-"""What is divided over the ranks; each includes those before it."""
 
 Result = TypeVar("Result")
 
