@@ -249,7 +249,7 @@ class TensorFileReader(AbstractContextManager["TensorFileReader"]):
 
         Args:
             through: which hashes them, and adds them up as well.
-            advance: called with the bytes of each part that was read, ``CHUNK_BYTES`` at most.
+            advance: called with the bytes of each part that was read, one of the file's blocks at most.
         """
         size = self.tensors[name].num_bytes
         through = OnePass(size) if through is None else through

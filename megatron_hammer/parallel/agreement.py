@@ -29,18 +29,22 @@ def raise_together(ctx: ParallelContext, error: HammerError | None) -> None:
         if error is not None:
             raise error
         return
-    payload = b"" if error is None else json.dumps(to_fields(error)).encode()
-    size = torch.tensor([len(payload)], device=ctx.device)
-    all_reduce(size, ctx.world, MAX)
-    (length,) = read_back(size, ctx.world)
-    if length == 0:
-        return
-    mine = torch.zeros(1, length, dtype=torch.uint8, device=ctx.device)
-    mine[0, : len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else 0
-    for report in read_back(all_gather_rows(mine, ctx.world), ctx.world):
-        text = bytes(report).rstrip(b"\0")
+    for text in _gather_texts(ctx, b"" if error is None else json.dumps(to_fields(error)).encode()):
         if text:
             raise from_fields(json.loads(text))
+
+
+def _gather_texts(ctx: ParallelContext, text: bytes) -> list[bytes]:
+    """The text of each rank, on all ranks, in the order of ranks; none where all are empty, which one small message
+    finds out. Communicates over the world."""
+    size = torch.tensor([len(text)], device=ctx.device)
+    all_reduce(size, ctx.world, MAX)
+    (longest,) = read_back(size, ctx.world)
+    if longest == 0:
+        return []
+    mine = torch.zeros(1, longest, dtype=torch.uint8, device=ctx.device)
+    mine[0, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else 0
+    return [bytes(row).rstrip(b"\0") for row in read_back(all_gather_rows(mine, ctx.world), ctx.world)]
 
 
 @contextmanager
@@ -62,13 +66,7 @@ def all_or_none(ctx: ParallelContext, doing: str, place: Path | None = None) -> 
 
 def gather_values(ctx: ParallelContext, value: Any) -> list[Any]:
     """A JSON value of each rank, on all ranks, in the order of ranks. Communicates over the world."""
-    payload = json.dumps(value).encode()
-    size = torch.tensor([len(payload)], device=ctx.device)
-    all_reduce(size, ctx.world, MAX)
-    mine = torch.zeros(1, *read_back(size, ctx.world), dtype=torch.uint8, device=ctx.device)
-    mine[0, : len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-    gathered = read_back(all_gather_rows(mine, ctx.world), ctx.world)
-    return [json.loads(bytes(row).rstrip(b"\0")) for row in gathered]
+    return [json.loads(text) for text in _gather_texts(ctx, json.dumps(value).encode())]
 
 
 @dataclass(frozen=True)

@@ -402,8 +402,8 @@ MEASURES = (
     Measure(
         "errors are everybody's",
         "parallel/agreement.py",
-        "    if length == 0:\n        return",
-        "    if length >= 0:\n        return",
+        "    if longest == 0:\n        return []",
+        "    if longest >= 0:\n        return []",
         "parallel/test_agreement.py::test_all_raise_the_lowest_rank_s_error_or_none",
     ),
     Measure(
