@@ -81,12 +81,10 @@ def _ours(prefix: str, batch: int, samples: int) -> dict[str, Any]:
     from megatron_hammer.sampling.loader import micro_batches
     from megatron_hammer.sampling.samples import TrainData
 
-    def copy_tokens(data: TrainData, order: str, out: np.ndarray, first: int) -> None:
+    def copy_tokens(data: TrainData, out: np.ndarray, first: int) -> None:
         """What ``TrainData.read`` does of it: find the windows, and copy them."""
         for part in data.order.parts(first, len(out)):
-            source, spans = data.dataset(part.source), part.order.locate_all(part.windows)
-            boundaries = source.boundaries if order == "independent" else None
-            index.copy_windows(source.tokens, source.pointers, boundaries, *spans, part.rows, out)
+            index.copy_windows(*data._memory[part.source], *part.order.locate_all(part.windows), part.rows, out)
 
     rates = {}
     for order in ("independent", "megatron"):
@@ -95,7 +93,7 @@ def _ours(prefix: str, batch: int, samples: int) -> dict[str, Any]:
         rates[f"{order}_batches"] = _rate(
             samples, batch, lambda i, data=data: micro_batches(data, i, batch, batch, 0, 1)
         )
-        rates[f"{order}_tokens_only"] = _rate(samples, batch, partial(copy_tokens, data, order, out))
+        rates[f"{order}_tokens_only"] = _rate(samples, batch, partial(copy_tokens, data, out))
         rates[f"{order}_one_by_one"] = _rate(samples // 10, 1, lambda i, data=data: data.tokens(i))
     return {"seconds": 1 / rates["independent_batches"]["a_second"], **_flat(rates)}
 
